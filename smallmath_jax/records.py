@@ -1,0 +1,139 @@
+"""The records that cross rooms, the keys of every random draw, and log parts on disk.
+
+Records are frozen dataclasses. A log is a folder of immutable parts, each published whole: the same on a local
+disk and on gs://, where objects cannot be appended to (design: law 6).
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem of any source. `images` are paths or encoded image bytes, in reading order."""
+
+    id: str
+    problem: str  # text; "<image>" marks where each image stands (none: images come first)
+    answer: str
+    images: tuple[str | bytes, ...] = ()
+    solution: str | None = None
+    level: int | None = None  # 1 (easy) .. 5
+    subject: str | None = None
+    options: tuple[str, ...] = ()
+    source: str = ""
+    licence: str = ""
+    template: str | None = None  # embedded problems: the template's name
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A problem as the model reads it. Positions are data: computed here once, used everywhere (law 3)."""
+
+    problem_id: str
+    text: str  # rendered chat text, one vision token pair an image, before expansion
+    token_ids: np.ndarray  # int32 [T], image tokens expanded
+    positions: np.ndarray  # int32 [3, T] (t, h, w)
+    next_position: int  # position of the first completion token on all three axes
+    pixels: np.ndarray | None = (
+        None  # float32 [P, C * 2 * 14 * 14], in the order of Hugging Face's processor
+    )
+    grids: np.ndarray = dataclasses.field(  # int32 [N, 3] patches (t, h, w) of each image
+        default_factory=lambda: np.zeros((0, 3), np.int32)
+    )
+    prefix: str = ""  # text put after the generation prompt; graders read prefix + completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. All fields are traced per row: changing them never recompiles."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One sampled answer, as a line of completions/*.jsonl."""
+
+    problem_id: str
+    sample: int
+    prompt: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    stop_reason: str  # eos | stop | length
+    answer: str | None = None  # extracted
+    gold: str = ""
+    verdict: str = ""  # correct | wrong | no_answer | unparsable_gold | timeout
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    policy_version: int = 0
+    step: int = 0
+    level: int | None = None
+    subject: str | None = None
+    template: str | None = None
+    images: tuple[str, ...] = ()  # paths, or data: URLs of embedded pictures
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def draw_key(*parts: Any) -> np.ndarray:
+    """A uint32 [2] key of a random draw, from what names the draw: (seed, problem, step, sample ...) (law 5)."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
+    return np.frombuffer(digest[:8], np.uint32).copy()
+
+
+def to_json(record: Any) -> str:
+    """One JSON line of a dataclass or dict; numpy scalars and arrays become plain numbers and lists."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        record = dataclasses.asdict(record)
+    return json.dumps(record, default=_plain, ensure_ascii=False, allow_nan=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(
+        f"{type(value).__name__} cannot be written as JSON; convert it before logging it"
+    )
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Publishes a file whole: a reader sees the old file or the new one, never a torn one."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if str(path).startswith("gs://"):  # one object, one upload: already atomic
+        target.write_text(text)
+        return
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    partial.write_text(text)
+    os.replace(partial, target)
+
+
+def write_part(folder: str | os.PathLike[str], name: str, rows: Iterable[Any]) -> None:
+    """Writes `folder/name` (one JSON object a line), whole or not at all."""
+    write_text(epath.Path(folder) / name, "".join(to_json(row) + "\n" for row in rows))
+
+
+def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """All rows of a folder's parts, in name order. Raises ValueError naming a torn line."""
+    root = epath.Path(folder)
+    if not root.exists():
+        return
+    for path in sorted(root.glob("*.jsonl"), key=lambda part: part.name):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not a JSON object ({error}); the part is damaged, delete or restore it"
+                ) from error
