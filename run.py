@@ -1,0 +1,92 @@
+"""The one command: python run.py --config=configs/TASK.py[:MODE] [--workdir=DIR] [--config.some.field=value].
+
+Run it again with the same words and it continues where it stopped.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:MODE]")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "where everything goes; a folder or gs://… (default: workdirs/TASK-MODE)"
+)
+
+
+def check_fields(arguments: list[str]) -> None:
+    """Exits with the nearest names when a --config.… flag names no field of the config.
+
+    absl would fail too, but late and with a trace; a typo costs the reader a minute, not a pod.
+    """
+    words = [word for word in arguments if word.startswith("--config=")]
+    fields = [word for word in arguments if word.startswith("--config.")]
+    if not words or not fields:
+        return
+    path, _, mode = words[-1].removeprefix("--config=").partition(":")
+    config = _load_config(path, mode or None)
+    known = _field_names(config)
+    for word in fields:
+        name = word.removeprefix("--config.").partition("=")[0]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+            sys.exit(f"--config.{name}: {path} has no such field; {hint}")
+
+
+def _load_config(path: str, mode: str | None):
+    if not os.path.exists(path):
+        folder = os.path.dirname(path) or "configs"
+        found = sorted(f for f in os.listdir(folder) if f.endswith(".py")) if os.path.isdir(folder) else []
+        sys.exit(f"--config={path}: no such file; there are {', '.join(found) or 'none'} in {folder}/")
+    spec = importlib.util.spec_from_file_location("chosen_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return module.get_config(mode)
+    except ValueError as error:
+        sys.exit(f"--config={path}:{mode}: {error}")
+
+
+def _field_names(config, prefix: str = "") -> set[str]:
+    names = set()
+    for name, value in config.items():
+        names.add(prefix + name)
+        if hasattr(value, "items"):
+            names |= _field_names(value, f"{prefix}{name}.")
+    return names
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        sys.exit(f"unexpected words {arguments[1:]}: every setting is --config.field=value")
+    config = _CONFIG.value
+    if config is None:
+        sys.exit("say what to run: --config=configs/TASK.py[:MODE], for example configs/grpo.py:tiny")
+    workdir = _WORKDIR.value or os.path.join("workdirs", f"{config.task}-{config.mode}")
+    task = importlib.import_module(f"smallmath_jax.tasks.{config.task}")
+    try:
+        task.run(config, workdir)
+    except (ValueError, FileNotFoundError) as error:  # bad input: one message, no trace
+        if os.environ.get("SMALLMATH_TRACE"):
+            raise
+        sys.exit(f"{config.task}: {error}\n(SMALLMATH_TRACE=1 shows the trace)")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import importlib.util
+
+    for index, word in enumerate(sys.argv[:-1]):  # "--config FILE" as two words
+        if word == "--config":
+            sys.argv[index : index + 2] = [f"--config={sys.argv[index + 1]}"]
+            break
+    path_words = [word for word in sys.argv if word.startswith("--config=")]
+    if path_words:
+        path, _, mode = path_words[-1].removeprefix("--config=").partition(":")
+        _load_config(path, mode or None)
+    check_fields(sys.argv[1:])
+    app.run(main)

@@ -1,0 +1,171 @@
+"""A policy from a config: tokenizer, model, image settings, weights on their devices."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from smallmath_jax.data.images import ImageSettings
+from smallmath_jax.data.prompts import GRAMMARS, Tokens, build_prompt, load_tokens
+from smallmath_jax.models import lora, weights
+from smallmath_jax.models.config import ModelConfig, tiny_config
+from smallmath_jax.models.qwen_vl import QwenVL
+from smallmath_jax.parallel import mesh as meshes
+from smallmath_jax.parallel import rules
+from smallmath_jax.records import Problem, Prompt
+from smallmath_jax.train.checkpoint import Checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A model and what is needed to talk to it. `source` is the HF folder it came from (None: tiny)."""
+
+    config: ModelConfig
+    tokens: Tokens
+    images: ImageSettings
+    model: QwenVL
+    source: str | None
+
+
+def compute_dtype(config: Any) -> jnp.dtype:
+    return jnp.dtype(config.compute_dtype)
+
+
+def make_mesh(config: Any) -> jax.sharding.Mesh:
+    return meshes.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+
+
+def load_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
+    """The policy that `config.model` and `config.init_from` name, fp32 master weights sharded over `mesh`.
+
+    Raises ValueError or FileNotFoundError saying what is missing, before any training.
+    """
+    if config.init_from and config.model == "tiny":
+        config.model = run_config(config.init_from).get("model", "tiny")
+    if config.model == "tiny":
+        policy = _tiny_policy(config, mesh)
+    else:
+        policy = _folder_policy(config, mesh)
+    if config.lora.rank:
+        policy = dataclasses.replace(policy, model=add_lora(policy.model, config, mesh))
+    if config.init_from:
+        policy = dataclasses.replace(policy, model=restore_model(config.init_from, policy.model, mesh))
+    return policy
+
+
+def run_config(workdir: str) -> dict[str, Any]:
+    """The resolved config a run wrote. Raises FileNotFoundError when `workdir` is no run."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"init_from={workdir}: no config.json there, so it is not a run's workdir; "
+            "give the folder a run printed as its workdir, or an HF folder as --config.model"
+        )
+    return json.loads(path.read_text())["config"]
+
+
+def restore_model(workdir: str, model: QwenVL, mesh: jax.sharding.Mesh, step: int = -1) -> QwenVL:
+    """The model of a run's newest (or given) checkpoint, on this run's devices."""
+    folder = newest_checkpoints(workdir)
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore_model(like=model, shardings=rules.shardings(model, mesh), step=step)
+
+
+def newest_checkpoints(workdir: str) -> epath.Path:
+    """The checkpoints folder of a run: its own, else its SFT stage's."""
+    root = epath.Path(workdir)
+    for folder in (root / "checkpoints", root / "sft" / "checkpoints"):
+        if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
+            return folder
+    raise FileNotFoundError(f"{workdir}: no checkpoint in checkpoints/ or sft/checkpoints/; has the run saved one yet?")
+
+
+def add_lora(model: QwenVL, config: Any, mesh: jax.sharding.Mesh) -> QwenVL:
+    adapted = lora.add_lora(
+        model, config.lora.rank, config.lora.alpha, config.lora.targets, jax.random.key(config.seed)
+    )
+    return jax.device_put(adapted, rules.shardings(adapted, mesh))
+
+
+def trainable(config: Any) -> str | None:
+    """Regex of the names that train: with LoRA only its leaves, else all but `config.freeze`."""
+    if config.lora.rank:
+        return r".*/lora_[ab]"
+    return rf"(?!(?:{config.freeze})$).*" if config.freeze else None
+
+
+def _tiny_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
+    tokens = load_tokens("tiny")
+    model_config = tiny_config(
+        vocab_size=tokens.vocab_rows,
+        image_token_id=tokens.image_id,
+        video_token_id=tokens.video_id,
+        vision_start_token_id=tokens.vision_start,
+        vision_end_token_id=tokens.vision_end,
+        eos_token_ids=tokens.eos_ids,
+        pad_token_id=tokens.pad_id,
+    )
+    make = lambda: QwenVL(model_config, rngs=nnx.Rngs(config.seed))
+    model = jax.jit(make, out_shardings=rules.shardings(jax.eval_shape(make), mesh))()
+    return Policy(model_config, tokens, _image_settings(config, model_config), model, None)
+
+
+def _folder_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
+    folder = weights.resolve_folder(config.model)
+    model_config = weights.read_config(folder)
+    tokens = load_tokens(folder, vocab_rows=model_config.text.vocab_size)
+    model, model_config = weights.import_folder(
+        folder, shardings=lambda abstract: rules.shardings(abstract, mesh)
+    )
+    return Policy(model_config, tokens, _image_settings(config, model_config), model, folder)
+
+
+def _image_settings(config: Any, model_config: ModelConfig) -> ImageSettings:
+    settings = ImageSettings(min_pixels=config.vision.min_pixels, max_pixels=config.vision.max_pixels)
+    vision = model_config.vision
+    if vision is None:
+        return settings
+    return dataclasses.replace(
+        settings,
+        patch=vision.patch,
+        temporal_patch=vision.temporal_patch,
+        merge=vision.merge,
+        window=vision.window,
+        tokens_per_second=vision.tokens_per_second,
+    )
+
+
+def prompts_for(
+    problems: list[Problem], policy: Policy, config: Any, prefix: str | None = None
+) -> tuple[list[Problem], list[Prompt], dict[str, int]]:
+    """Prompts of the problems that fit; what did not fit is counted by reason, never cut."""
+    grammar = GRAMMARS[config.prompt.grammar]
+    system = config.prompt.system
+    kept: list[Problem] = []
+    prompts: list[Prompt] = []
+    dropped = {"prompt_too_long": 0, "too_many_patches": 0, "image_for_a_text_model": 0}
+    for problem in problems:
+        if problem.images and policy.config.vision is None:
+            dropped["image_for_a_text_model"] += 1
+            continue
+        prompt = build_prompt(
+            problem,
+            policy.tokens,
+            grammar,
+            policy.images,
+            system=None if system == "auto" else system,
+            prefix=config.prompt.prefix if prefix is None else prefix,
+        )
+        patches = 0 if prompt.pixels is None else len(prompt.pixels)
+        if patches > config.vision.max_patches:
+            dropped["too_many_patches"] += 1
+        elif len(prompt.token_ids) > config.prompt.max_tokens:
+            dropped["prompt_too_long"] += 1
+        else:
+            kept.append(problem)
+            prompts.append(prompt)
+    return kept, prompts, {reason: count for reason, count in dropped.items() if count}
