@@ -1,0 +1,43 @@
+"""The two building blocks of every tower: a linear map (with an optional low-rank adapter) and RMS norm."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+INIT_STD = 0.02  # Hugging Face's initializer_range of every supported family
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, plus (x @ lora_a) @ lora_b * lora_scale where an adapter was added.
+
+    Master weights keep their own dtype and are cast to that of x, so compute follows the activations.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
+        self.lora_a = None  # [inputs, rank]
+        self.lora_b = None  # [rank, outputs]
+        self.lora_scale = 1.0  # alpha / rank
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., inputs] -> [..., outputs], in x's dtype."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.lora_a is not None:
+            low = x @ self.lora_a[...].astype(x.dtype)
+            y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+        return y
+
+
+def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
+    """Normalises [..., D] in fp32, casts back, THEN multiplies by the weight: the published order, seen in bf16."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * weight[...].astype(x.dtype)
+
+
+def swiglu(block: nnx.Module, x: jax.Array) -> jax.Array:
+    """down(silu(gate(x)) * up(x)) of a block that has these three linears: [..., D] -> [..., D]."""
+    return block.down(jax.nn.silu(block.gate(x)) * block.up(x))

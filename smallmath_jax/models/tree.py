@@ -1,0 +1,40 @@
+"""Slash names of parameters: `text/layers/q/kernel`. Sharding rules, weight tables and LoRA patterns use them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The slash name of a key path of jax.tree_util; Flax's own last step (`value` of a Param) is left out."""
+    parts = [_part(key) for key in path]
+    if parts and parts[-1] == "value" and isinstance(path[-1], GetAttrKey):
+        parts.pop()
+    return "/".join(parts)
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """(name, leaf) of every leaf of a module, an optimizer state or an abstract model, in tree order."""
+    return [(leaf_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def map_named(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """The same tree with each leaf replaced by function(name, leaf)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(leaf_name(path), leaf), tree
+    )
+
+
+def parameter_count(tree: Any) -> int:
+    """How many numbers a model holds; works on an abstract model of jax.eval_shape too."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _part(key: Any) -> str:
+    if isinstance(key, GetAttrKey):
+        return key.name
+    if isinstance(key, DictKey | FlattenedIndexKey):
+        return str(key.key)
+    return str(key.idx) if isinstance(key, SequenceKey) else str(key)
