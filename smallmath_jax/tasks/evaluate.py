@@ -1,0 +1,209 @@
+"""Evaluation: sample answers, grade them, keep every generation, and report by level and subject."""
+
+import base64
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from smallmath_jax.data.problems import load_problems
+from smallmath_jax.models.qwen_vl import QwenVL
+from smallmath_jax.parallel import hosts
+from smallmath_jax.records import (
+    Completion,
+    Problem,
+    Prompt,
+    Sampling,
+    draw_key,
+    read_parts,
+    write_part,
+    write_text,
+    to_json,
+)
+from smallmath_jax.report import metrics, pages
+from smallmath_jax.rollout.engine import Engine, Limits, Rollout
+from smallmath_jax.tasks import runs
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
+from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
+from smallmath_jax.verify.grader import Grader
+
+PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
+
+
+def run(config: Any, workdir: str) -> None:
+    """Evaluates one policy and writes WORKDIR/report."""
+    with runs.open_run(config, workdir) as this_run:
+        mesh = make_mesh(config)
+        problems = load_evaluation_problems(config)
+        policy = load_policy(config, mesh)
+        result = evaluate(policy, make_engine(policy, config), problems, config, this_run.workdir)
+        pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
+        runs.say(f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html")
+
+
+def load_evaluation_problems(config: Any) -> list[Problem]:
+    """All problems of `config.eval.problems`, `limit` a source, ids unique across sources."""
+    problems: list[Problem] = []
+    for source in config.eval.problems:
+        found = load_problems(source, limit=config.eval.limit or None)
+        name = source if source.startswith("tiny") else epath.Path(source).name.removesuffix(".jsonl")
+        problems += [
+            dataclasses.replace(p, source=p.source or name, meta={**p.meta, "set": name}) for p in found
+        ]
+    ids = [problem.id for problem in problems]
+    if len(set(ids)) < len(ids):  # two sources may number their problems alike
+        problems = [dataclasses.replace(p, id=f"{p.meta['set']}/{p.id}") for p in problems]
+    return problems
+
+
+def evaluate(
+    policy: Policy,
+    engine: Engine,
+    problems: list[Problem],
+    config: Any,
+    folder: str | epath.Path,
+    prefix: str | None = None,
+    step: int = 0,
+) -> dict[str, Any]:
+    """Samples and grades every problem once; continues where an earlier call on `folder` stopped.
+
+    Returns:
+      report.metrics.summarise of all completions: accuracy, n, ci, by_level, by_subject, by_set, greedy, sampled.
+    """
+    folder = epath.Path(folder)
+    host = hosts.host_index()
+    kept, prompts, dropped = prompts_for(problems, policy, config, prefix)
+    done = {row["problem_id"] for row in read_parts(folder / "completions")}
+    mine = [
+        (problem, prompt)
+        for index, (problem, prompt) in enumerate(zip(kept, prompts, strict=True))
+        if index % hosts.host_count() == host and problem.id not in done
+    ]
+    title = f"evaluate {folder.name}" if prefix is None else f"evaluate {folder.name} after {prefix!r}"
+    bar = tqdm(total=len(mine), desc=title, unit="problem", disable=not mine)
+    correct = seen = 0
+    started = time.perf_counter()
+    tokens = 0
+    with Grader() as grader:
+        for first in range(0, len(mine), PART_ROWS):
+            chunk = mine[first : first + PART_ROWS]
+            rows: list[Completion] = []
+            for index, rollouts in run_requests(engine, [r for p in chunk for r in _requests(p, config)]):
+                rows += _grade(chunk, index, rollouts, policy, config, grader, step)
+                tokens += sum(len(rollout.token_ids) for rollout in rollouts)
+            rows.sort(key=lambda row: (row.problem_id, row.extra["decoding"], row.sample))
+            correct += sum(row.verdict == "correct" for row in rows)
+            seen += len(rows)
+            number = len(list((folder / "completions").glob("*.jsonl"))) if (folder / "completions").exists() else 0
+            write_part(folder / "completions", f"{step:08d}-{number:05d}-host{host}.jsonl", rows)
+            bar.update(len(chunk))
+            rate = tokens / (time.perf_counter() - started)
+            bar.set_postfix_str(f"correct {correct / max(seen, 1):.1%} {rate:,.0f} tok/s")
+    bar.close()
+    hosts.barrier(f"evaluate {folder.name}")
+    return _summary(folder, config, dropped)
+
+
+def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[str, Any]:
+    rows = list(read_parts(folder / "completions"))
+    if not rows:
+        raise ValueError(f"{folder}: no problem could be evaluated; left out: {dropped or 'nothing'}")
+    headline = "sampled" if config.eval.samples and not config.eval.headline_greedy else "greedy"
+    result = metrics.summarise(rows, headline=headline, k=tuple(config.eval.k))
+    result["left_out"] = dropped
+    if hosts.host_index() == 0:
+        write_text(folder / "result.json", to_json(result))
+    return result
+
+
+def _requests(pair: tuple[Problem, Prompt], config: Any) -> list[Request]:
+    """The greedy request and the sampled one, those that the config asks for."""
+    problem, prompt = pair
+    limits = Limits(max_tokens=config.eval.sampling.max_tokens)
+    requests = []
+    if config.eval.greedy:
+        key = draw_key(config.seed, "evaluate", problem.id, "greedy")
+        requests.append(Request(prompt, key[None], limits, Sampling(temperature=0.0)))
+    if config.eval.samples:
+        keys = [draw_key(config.seed, "evaluate", problem.id, n) for n in range(config.eval.samples)]
+        requests.append(Request(prompt, np.stack(keys), limits, sampling_of(config.eval.sampling)))
+    return requests
+
+
+def sampling_of(settings: Any) -> Sampling:
+    return Sampling(settings.temperature, settings.top_p, settings.top_k)
+
+
+def _grade(
+    chunk: list[tuple[Problem, Prompt]],
+    index: int,
+    rollouts: list[Rollout],
+    policy: Policy,
+    config: Any,
+    grader: Grader,
+    step: int,
+) -> list[Completion]:
+    per_problem = int(config.eval.greedy) + int(config.eval.samples > 0)
+    problem, prompt = chunk[index // per_problem]
+    greedy = config.eval.greedy and index % per_problem == 0
+    rows = []
+    for sample, rollout in enumerate(rollouts):
+        text = policy.tokens.decode(rollout.token_ids)
+        strict = grader.grade(problem.answer, text, mode="strict", prefix=prompt.prefix)
+        extra = {
+            "decoding": "greedy" if greedy else "sampled",
+            "set": problem.meta.get("set", problem.source),
+        }
+        if config.eval.lenient:
+            lenient = grader.grade(problem.answer, text, mode="lenient", prefix=prompt.prefix)
+            extra["lenient_verdict"] = lenient.verdict
+        rows.append(completion_row(problem, prompt, rollout, sample, text, strict, step, extra=extra))
+    return rows
+
+
+def completion_row(
+    problem: Problem,
+    prompt: Prompt,
+    rollout: Rollout,
+    sample: int,
+    text: str,
+    graded: Any,
+    step: int,
+    rewards: dict[str, float] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Completion:
+    """A line of completions/*.jsonl: all that is needed to see, re-grade or re-weigh the sample."""
+    return Completion(
+        problem_id=problem.id,
+        sample=sample,
+        prompt=prompt.text,
+        text=prompt.prefix + text,
+        token_ids=[int(token) for token in rollout.token_ids],
+        logprobs=[round(float(value), 5) for value in rollout.log_probs],
+        stop_reason=rollout.stop_reason,
+        answer=graded.extracted,
+        gold=problem.answer,
+        verdict=graded.verdict,
+        rewards=rewards or {},
+        policy_version=rollout.version,
+        step=step,
+        level=problem.level,
+        subject=problem.subject,
+        template=problem.template,
+        images=tuple(_image_link(image) for image in problem.images),
+        extra=extra or {},
+    )
+
+
+def _image_link(image: str | bytes) -> str:
+    if isinstance(image, bytes):
+        return "data:image/png;base64," + base64.b64encode(image).decode()
+    return str(image)
+
+
+def refresh_engine(engine: Engine, model: QwenVL, version: int) -> None:
+    """Hands the engine a model already in its compute dtype."""
+    engine.set_weights(model, version)

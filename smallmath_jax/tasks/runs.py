@@ -1,0 +1,127 @@
+"""A run's workdir: config.json, the lock against a changed config, wall time, messages, the compile cache."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from smallmath_jax.parallel import hosts
+from smallmath_jax.records import to_json, write_text
+
+# Fields that may change between two starts of one run: they decide how it runs, not what it computes.
+FREE_FIELDS = ("log", "checkpoint", "compare")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    workdir: epath.Path
+    started: float
+    earlier_seconds: float  # of the starts before this one
+
+    def wall_s(self) -> float:
+        """Seconds this run has taken, over all its starts."""
+        return self.earlier_seconds + time.time() - self.started
+
+
+@contextlib.contextmanager
+def open_run(config: Any, workdir: str) -> Iterator[Run]:
+    """Prepares `workdir`; on a second start checks that the config is the first one's.
+
+    Raises ValueError naming the first field that differs.
+    """
+    hosts.initialize()
+    _use_compile_cache()
+    root = epath.Path(workdir)
+    resolved = json.loads(to_json(config.to_dict()))
+    earlier = _check_same_config(root, resolved)
+    run = Run(root, time.time(), earlier)
+    if hosts.host_index() == 0:
+        _write_config(root, resolved, earlier)
+    hosts.barrier("open run")
+    say(f"{config.task}:{config.mode} in {workdir} on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+    try:
+        yield run
+    finally:
+        if hosts.host_index() == 0:
+            _write_config(root, resolved, run.wall_s())
+
+
+def _check_same_config(root: epath.Path, resolved: dict[str, Any]) -> float:
+    path = root / "config.json"
+    if not path.exists():
+        return 0.0
+    before = json.loads(path.read_text())
+    difference = first_difference(before["config"], resolved)
+    if difference:
+        raise ValueError(
+            f"{root}: this workdir holds a run with another {difference}; give a new --workdir, "
+            "or the same fields to continue it"
+        )
+    return float(before.get("wall_s", 0.0))
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> str:
+    """The first field in which two configs differ, as "name (was X, now Y)"; "" if none."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(set(before) | set(now)):
+            if name == "" and key in FREE_FIELDS:
+                continue
+            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            if found:
+                return found
+        return ""
+    return "" if before == now else f"{name} (was {before!r}, now {now!r})"
+
+
+def _write_config(root: epath.Path, resolved: dict[str, Any], wall_s: float) -> None:
+    record = {
+        "config": resolved,
+        "versions": {name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers")},
+        "python": sys.version.split()[0],
+        "revision": _revision(),
+        "hosts": hosts.host_names(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "wall_s": round(wall_s, 1),
+    }
+    write_text(root / "config.json", json.dumps(record, indent=1))
+
+
+def _version(name: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _revision() -> str:
+    """The git revision of the code, "+" behind it when files differ; "unknown" outside a checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        words = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _use_compile_cache() -> None:
+    """Keeps compiled programs between starts; JAX_COMPILATION_CACHE_DIR moves the cache."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "smallmath_jax", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal, from host 0 only."""
+    if hosts.host_index() == 0:
+        print(message, flush=True)
