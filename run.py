@@ -33,15 +33,23 @@ def check_fields(arguments: list[str]) -> None:
         name = word.removeprefix("--config.").partition("=")[0]
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-            hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+            hint = (
+                f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+            )
             sys.exit(f"--config.{name}: {path} has no such field; {hint}")
 
 
 def _load_config(path: str, mode: str | None):
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "configs"
-        found = sorted(f for f in os.listdir(folder) if f.endswith(".py")) if os.path.isdir(folder) else []
-        sys.exit(f"--config={path}: no such file; there are {', '.join(found) or 'none'} in {folder}/")
+        found = (
+            sorted(f for f in os.listdir(folder) if f.endswith(".py"))
+            if os.path.isdir(folder)
+            else []
+        )
+        sys.exit(
+            f"--config={path}: no such file; there are {', '.join(found) or 'none'} in {folder}/"
+        )
     spec = importlib.util.spec_from_file_location("chosen_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -65,7 +73,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"unexpected words {arguments[1:]}: every setting is --config.field=value")
     config = _CONFIG.value
     if config is None:
-        sys.exit("say what to run: --config=configs/TASK.py[:MODE], for example configs/grpo.py:tiny")
+        sys.exit(
+            "say what to run: --config=configs/TASK.py[:MODE], for example configs/grpo.py:tiny"
+        )
     workdir = _WORKDIR.value or os.path.join("workdirs", f"{config.task}-{config.mode}")
     task = importlib.import_module(f"smallmath_jax.tasks.{config.task}")
     try:

@@ -105,7 +105,9 @@ def reward() -> ConfigDict:
 
 
 def sampling(max_tokens: int, temperature: float = 1.0) -> ConfigDict:
-    return ConfigDict({"temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_tokens})
+    return ConfigDict(
+        {"temperature": temperature, "top_p": 1.0, "top_k": 0, "max_tokens": max_tokens}
+    )
 
 
 def evaluation(mode: str) -> ConfigDict:

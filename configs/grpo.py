@@ -39,7 +39,9 @@ def get_config(mode=None):
     grpo.advantage_scale = "group_std"  # group_std | none
     grpo.advantage_eps = 1e-4
     grpo.kl_beta = 0.0  # 0: no reference weights in memory
-    grpo.importance_cap = 0.0  # 0: off; 2.0: truncated importance weights from the sampler's log-probs
+    grpo.importance_cap = (
+        0.0  # 0: off; 2.0: truncated importance weights from the sampler's log-probs
+    )
     grpo.row_length = 256 if tiny else 3072
     grpo.row_patches = 64 if tiny else 4096
     grpo.microbatch_rows = 8 if tiny else 16

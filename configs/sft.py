@@ -20,7 +20,9 @@ def sft_settings(mode: str):
     if tiny:
         settings.data = ("tiny:train",)
         settings.problems = 24000
-        settings.terse_share = 0.6  # of the cold start's solutions answer at once, the others work it out
+        settings.terse_share = (
+            0.6  # of the cold start's solutions answer at once, the others work it out
+        )
     else:
         text = ("convert:openr1_math",)
         settings.data = text + ("convert:geometry3k",) if vision else text

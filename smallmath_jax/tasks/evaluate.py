@@ -41,7 +41,9 @@ def run(config: Any, workdir: str) -> None:
         policy = load_policy(config, mesh)
         result = evaluate(policy, make_engine(policy, config), problems, config, this_run.workdir)
         pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
-        runs.say(f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html")
+        runs.say(
+            f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html"
+        )
 
 
 def load_evaluation_problems(config: Any) -> list[Problem]:
@@ -49,9 +51,12 @@ def load_evaluation_problems(config: Any) -> list[Problem]:
     problems: list[Problem] = []
     for source in config.eval.problems:
         found = load_problems(source, limit=config.eval.limit or None)
-        name = source if source.startswith("tiny") else epath.Path(source).name.removesuffix(".jsonl")
+        name = (
+            source if source.startswith("tiny") else epath.Path(source).name.removesuffix(".jsonl")
+        )
         problems += [
-            dataclasses.replace(p, source=p.source or name, meta={**p.meta, "set": name}) for p in found
+            dataclasses.replace(p, source=p.source or name, meta={**p.meta, "set": name})
+            for p in found
         ]
     ids = [problem.id for problem in problems]
     if len(set(ids)) < len(ids):  # two sources may number their problems alike
@@ -82,7 +87,9 @@ def evaluate(
         for index, (problem, prompt) in enumerate(zip(kept, prompts, strict=True))
         if index % hosts.host_count() == host and problem.id not in done
     ]
-    title = f"evaluate {folder.name}" if prefix is None else f"evaluate {folder.name} after {prefix!r}"
+    title = (
+        f"evaluate {folder.name}" if prefix is None else f"evaluate {folder.name} after {prefix!r}"
+    )
     bar = tqdm(total=len(mine), desc=title, unit="problem", disable=not mine)
     correct = seen = 0
     started = time.perf_counter()
@@ -91,13 +98,19 @@ def evaluate(
         for first in range(0, len(mine), PART_ROWS):
             chunk = mine[first : first + PART_ROWS]
             rows: list[Completion] = []
-            for index, rollouts in run_requests(engine, [r for p in chunk for r in _requests(p, config)]):
+            for index, rollouts in run_requests(
+                engine, [r for p in chunk for r in _requests(p, config)]
+            ):
                 rows += _grade(chunk, index, rollouts, policy, config, grader, step)
                 tokens += sum(len(rollout.token_ids) for rollout in rollouts)
             rows.sort(key=lambda row: (row.problem_id, row.extra["decoding"], row.sample))
             correct += sum(row.verdict == "correct" for row in rows)
             seen += len(rows)
-            number = len(list((folder / "completions").glob("*.jsonl"))) if (folder / "completions").exists() else 0
+            number = (
+                len(list((folder / "completions").glob("*.jsonl")))
+                if (folder / "completions").exists()
+                else 0
+            )
             write_part(folder / "completions", f"{step:08d}-{number:05d}-host{host}.jsonl", rows)
             bar.update(len(chunk))
             rate = tokens / (time.perf_counter() - started)
@@ -110,7 +123,9 @@ def evaluate(
 def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[str, Any]:
     rows = list(read_parts(folder / "completions"))
     if not rows:
-        raise ValueError(f"{folder}: no problem could be evaluated; left out: {dropped or 'nothing'}")
+        raise ValueError(
+            f"{folder}: no problem could be evaluated; left out: {dropped or 'nothing'}"
+        )
     headline = "sampled" if config.eval.samples and not config.eval.headline_greedy else "greedy"
     result = metrics.summarise(rows, headline=headline, k=tuple(config.eval.k))
     result["left_out"] = dropped
@@ -128,7 +143,9 @@ def _requests(pair: tuple[Problem, Prompt], config: Any) -> list[Request]:
         key = draw_key(config.seed, "evaluate", problem.id, "greedy")
         requests.append(Request(prompt, key[None], limits, Sampling(temperature=0.0)))
     if config.eval.samples:
-        keys = [draw_key(config.seed, "evaluate", problem.id, n) for n in range(config.eval.samples)]
+        keys = [
+            draw_key(config.seed, "evaluate", problem.id, n) for n in range(config.eval.samples)
+        ]
         requests.append(Request(prompt, np.stack(keys), limits, sampling_of(config.eval.sampling)))
     return requests
 
@@ -160,7 +177,9 @@ def _grade(
         if config.eval.lenient:
             lenient = grader.grade(problem.answer, text, mode="lenient", prefix=prompt.prefix)
             extra["lenient_verdict"] = lenient.verdict
-        rows.append(completion_row(problem, prompt, rollout, sample, text, strict, step, extra=extra))
+        rows.append(
+            completion_row(problem, prompt, rollout, sample, text, strict, step, extra=extra)
+        )
     return rows
 
 

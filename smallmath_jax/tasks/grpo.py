@@ -19,7 +19,14 @@ from smallmath_jax.records import Completion, Problem, Prompt, draw_key, write_p
 from smallmath_jax.report import pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, training
-from smallmath_jax.tasks.policy import Policy, compute_dtype, load_policy, make_mesh, prompts_for, trainable
+from smallmath_jax.tasks.policy import (
+    Policy,
+    compute_dtype,
+    load_policy,
+    make_mesh,
+    prompts_for,
+    trainable,
+)
 from smallmath_jax.tasks.rollouts import Clock, Request, make_engine, rollout_weights, run_requests
 from smallmath_jax.train import advantages as adv
 from smallmath_jax.train.loop import MetricWriter, StopSignal
@@ -32,7 +39,9 @@ def run(config: Any, workdir: str) -> None:
     """The whole recipe; each stage is skipped when its result is there, continued when it is half done."""
     with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
         mesh = make_mesh(config)
-        problems = load_grpo_problems(config)  # all bad input is found before any device time is spent
+        problems = load_grpo_problems(
+            config
+        )  # all bad input is found before any device time is spent
         tests = evaluate.load_evaluation_problems(config)
         reward = rewards.from_config(config.reward)
         runs.say(rewards.value_table(reward))
@@ -78,7 +87,13 @@ def improve(
     """Adjusted GRPO for `config.grpo.steps` steps from the newest checkpoint, or from `policy`."""
     settings = config.grpo
     trainer = training.make_trainer(
-        policy, config, settings, mesh, workdir, loss="grpo", total_updates=settings.steps * _updates_a_step(config)
+        policy,
+        config,
+        settings,
+        mesh,
+        workdir,
+        loss="grpo",
+        total_updates=settings.steps * _updates_a_step(config),
     )
     state, first = trainer.restore_or_start()
     if first >= settings.steps:
@@ -98,16 +113,22 @@ def improve(
             groups = sample_groups(engine, [prompts[i] for i in chosen], config, step)
             clock.lap("generate")
             group_problems = [problems[i] for i in chosen]
-            rows, parts = grade_groups(group_problems, prompts, chosen, groups, policy, reward, grader, step)
+            rows, parts = grade_groups(
+                group_problems, prompts, chosen, groups, policy, reward, grader, step
+            )
             clock.lap("grade")
             batch = group_batch([prompts[i] for i in chosen], groups, parts, config)
             state, loss_metrics = update(trainer, state, batch, config, step, reference)
             clock.lap("train")
-            record = grpo_metrics.step_metrics(rows, parts, batch, loss_metrics, clock.seconds, engine.counters())
+            record = grpo_metrics.step_metrics(
+                rows, parts, batch, loss_metrics, clock.seconds, engine.counters()
+            )
             writer.write(step + 1, record)
             if step % config.log.samples_every == 0:
                 grpo_metrics.log_samples(rows, config.log.samples, bar)
-            write_part(workdir / "completions", f"{step + 1:08d}-host{hosts.host_index()}.jsonl", rows)
+            write_part(
+                workdir / "completions", f"{step + 1:08d}-host{hosts.host_index()}.jsonl", rows
+            )
             bar.update(1)
             bar.set_postfix_str(grpo_metrics.postfix(record))
             trainer.maybe_save(step + 1, state, record, writer, last=stop.requested)
@@ -131,7 +152,9 @@ def step_problems(count: int, step: int, per_step: int, seed: int) -> list[int]:
     return chosen
 
 
-def sample_groups(engine: Engine, prompts: list[Prompt], config: Any, step: int) -> list[list[Rollout]]:
+def sample_groups(
+    engine: Engine, prompts: list[Prompt], config: Any, step: int
+) -> list[list[Rollout]]:
     """A group of `group_size` rollouts for each prompt."""
     settings = config.grpo
     limits = Limits(max_tokens=settings.sampling.max_tokens)
@@ -139,7 +162,12 @@ def sample_groups(engine: Engine, prompts: list[Prompt], config: Any, step: int)
     requests = [
         Request(
             prompt,
-            np.stack([draw_key(config.seed, "grpo", prompt.problem_id, step, n) for n in range(settings.group_size)]),
+            np.stack(
+                [
+                    draw_key(config.seed, "grpo", prompt.problem_id, step, n)
+                    for n in range(settings.group_size)
+                ]
+            ),
             limits,
             sampling,
         )
@@ -168,7 +196,9 @@ def grade_groups(
         prompt = prompts[index]
         group_parts = []
         texts = [policy.tokens.decode(rollout.token_ids) for rollout in group]
-        graded = grader.grade_many([(problem.answer, text) for text in texts], mode="strict", prefix=prompt.prefix)
+        graded = grader.grade_many(
+            [(problem.answer, text) for text in texts], mode="strict", prefix=prompt.prefix
+        )
         for text, rollout, verdict in zip(texts, group, graded, strict=True):
             parsed = rewards.parse_think_answer(text, prompt.prefix)
             think_tokens = len(policy.tokens.encode(parsed.think)) if parsed.think else 0
@@ -182,7 +212,14 @@ def grade_groups(
         ):
             rows.append(
                 evaluate.completion_row(
-                    problem, prompt, rollout, sample, text, verdict, step + 1, rewards=part.as_dict()
+                    problem,
+                    prompt,
+                    rollout,
+                    sample,
+                    text,
+                    verdict,
+                    step + 1,
+                    rewards=part.as_dict(),
                 )
             )
     return rows, parts
@@ -200,7 +237,10 @@ class GroupBatch:
 
 
 def group_batch(
-    prompts: list[Prompt], groups: list[list[Rollout]], parts: list[list[rewards.RewardParts]], config: Any
+    prompts: list[Prompt],
+    groups: list[list[Rollout]],
+    parts: list[list[rewards.RewardParts]],
+    config: Any,
 ) -> GroupBatch:
     """Advantages and token weights (laws 1, 7, 9), computed once per generation batch."""
     settings = config.grpo

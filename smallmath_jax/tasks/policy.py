@@ -53,7 +53,9 @@ def load_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
     if config.lora.rank:
         policy = dataclasses.replace(policy, model=add_lora(policy.model, config, mesh))
     if config.init_from:
-        policy = dataclasses.replace(policy, model=restore_model(config.init_from, policy.model, mesh))
+        policy = dataclasses.replace(
+            policy, model=restore_model(config.init_from, policy.model, mesh)
+        )
     return policy
 
 
@@ -72,7 +74,9 @@ def restore_model(workdir: str, model: QwenVL, mesh: jax.sharding.Mesh, step: in
     """The model of a run's newest (or given) checkpoint, on this run's devices."""
     folder = newest_checkpoints(workdir)
     with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore_model(like=model, shardings=rules.shardings(model, mesh), step=step)
+        return checkpoints.restore_model(
+            like=model, shardings=rules.shardings(model, mesh), step=step
+        )
 
 
 def newest_checkpoints(workdir: str) -> epath.Path:
@@ -81,7 +85,9 @@ def newest_checkpoints(workdir: str) -> epath.Path:
     for folder in (root / "checkpoints", root / "sft" / "checkpoints"):
         if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
             return folder
-    raise FileNotFoundError(f"{workdir}: no checkpoint in checkpoints/ or sft/checkpoints/; has the run saved one yet?")
+    raise FileNotFoundError(
+        f"{workdir}: no checkpoint in checkpoints/ or sft/checkpoints/; has the run saved one yet?"
+    )
 
 
 def add_lora(model: QwenVL, config: Any, mesh: jax.sharding.Mesh) -> QwenVL:
@@ -125,7 +131,9 @@ def _folder_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
 
 
 def _image_settings(config: Any, model_config: ModelConfig) -> ImageSettings:
-    settings = ImageSettings(min_pixels=config.vision.min_pixels, max_pixels=config.vision.max_pixels)
+    settings = ImageSettings(
+        min_pixels=config.vision.min_pixels, max_pixels=config.vision.max_pixels
+    )
     vision = model_config.vision
     if vision is None:
         return settings

@@ -37,8 +37,7 @@ def open_run(config: Any, workdir: str) -> Iterator[Run]:
 
     Raises ValueError naming the first field that differs.
     """
-    hosts.initialize()
-    _use_compile_cache()
+    prepare_process()
     root = epath.Path(workdir)
     resolved = json.loads(to_json(config.to_dict()))
     earlier = _check_same_config(root, resolved)
@@ -46,12 +45,20 @@ def open_run(config: Any, workdir: str) -> Iterator[Run]:
     if hosts.host_index() == 0:
         _write_config(root, resolved, earlier)
     hosts.barrier("open run")
-    say(f"{config.task}:{config.mode} in {workdir} on {jax.device_count()} {jax.devices()[0].platform} device(s)")
+    say(
+        f"{config.task}:{config.mode} in {workdir} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+    )
     try:
         yield run
     finally:
         if hosts.host_index() == 0:
             _write_config(root, resolved, run.wall_s())
+
+
+def prepare_process() -> None:
+    """Joins the other hosts, if any, and keeps compiled programs between starts."""
+    hosts.initialize()
+    _use_compile_cache()
 
 
 def _check_same_config(root: epath.Path, resolved: dict[str, Any]) -> float:
@@ -74,7 +81,9 @@ def first_difference(before: Any, now: Any, name: str = "") -> str:
         for key in sorted(set(before) | set(now)):
             if name == "" and key in FREE_FIELDS:
                 continue
-            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            found = first_difference(
+                before.get(key), now.get(key), f"{name}.{key}" if name else key
+            )
             if found:
                 return found
         return ""
@@ -84,7 +93,10 @@ def first_difference(before: Any, now: Any, name: str = "") -> str:
 def _write_config(root: epath.Path, resolved: dict[str, Any], wall_s: float) -> None:
     record = {
         "config": resolved,
-        "versions": {name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers")},
+        "versions": {
+            name: _version(name)
+            for name in ("jax", "flax", "optax", "orbax-checkpoint", "transformers")
+        },
         "python": sys.version.split()[0],
         "revision": _revision(),
         "hosts": hosts.host_names(),
