@@ -20,7 +20,7 @@ def text_angles(
 ) -> jax.Array:
     """positions int32 [B, 3, T] (t, h, w) -> angles fp32 [B, T, head_dim / 2].
 
-    With `sections` the first sections[0] frequencies turn with t, the next with h, the rest with w (Qwen2-VL, sec. 2.1);
+    With `sections` the first sections[0] frequencies turn with t, the next with h, the rest with w (Qwen2-VL, 2.1);
     without, all turn with the first axis.
     """
     frequencies = inverse_frequencies(head_dim // 2, theta)
