@@ -124,9 +124,9 @@ def collate(
     """Packed rows as one batch of fixed shapes; a row may be empty.
 
     tokens int32 [B, T]; positions int32 [B, 3, T]; segment_ids int32 [B, T], 0 = padding, 1.. per sequence; weights
-    float32 [B, T], 0 on each segment's first token (nothing predicts it); every field of a sequence float32 [B, T]. With
-    row_patches > 0 also `vision`: the arrays of images.vision_row stacked [B, ...] and token_index int32 [B, T]. Raises
-    ValueError when a row is over its length or patches, or holds images where row_patches is 0.
+    float32 [B, T], 0 on each segment's first token (nothing predicts it); every field of a sequence float32 [B, T].
+    With row_patches > 0 also `vision`: the arrays of images.vision_row stacked [B, ...] and token_index int32 [B, T].
+    Raises ValueError when a row is over its length or patches, or holds images where row_patches is 0.
     """
     count = len(rows)
     batch: dict[str, Any] = {
@@ -270,7 +270,7 @@ def plan_rows(
 
 
 def step_rows(plan: RowPlan, seed: int, step: int) -> list[list[int]]:
-    """Sequence indices of the rows of a step (from 0), over all hosts: a pure function, so resuming needs the step only.
+    """Sequence indices of the rows of a step (from 0), over all hosts: a pure function, so a resume needs only the step.
 
     Every epoch takes each row once; an epoch's last step is filled up with empty rows.
     """
