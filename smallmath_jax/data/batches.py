@@ -270,7 +270,7 @@ def plan_rows(
 
 
 def step_rows(plan: RowPlan, seed: int, step: int) -> list[list[int]]:
-    """Sequence indices of a step (from 0), row by row, over all hosts: a pure function, so resuming needs only the step.
+    """Sequence indices of a step (from 0), row by row, over all hosts: a pure function, so a resume needs the step.
 
     Every epoch takes each row once; an epoch's last step is filled up with empty rows.
     """
