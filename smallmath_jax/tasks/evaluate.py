@@ -10,7 +10,7 @@ from etils import epath
 from tqdm import tqdm
 
 from smallmath_jax.data.problems import load_problems
-from smallmath_jax.models.qwen_vl import QwenVL
+from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import (
     Completion,
@@ -19,9 +19,9 @@ from smallmath_jax.records import (
     Sampling,
     draw_key,
     read_parts,
+    to_json,
     write_part,
     write_text,
-    to_json,
 )
 from smallmath_jax.report import metrics, pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
@@ -168,7 +168,7 @@ def _grade(
     greedy = config.eval.greedy and index % per_problem == 0
     rows = []
     for sample, rollout in enumerate(rollouts):
-        text = policy.tokens.decode(rollout.token_ids)
+        text = decode(policy.tokens, rollout.token_ids)
         strict = grader.grade(problem.answer, text, mode="strict", prefix=prompt.prefix)
         extra = {
             "decoding": "greedy" if greedy else "sampled",
@@ -221,8 +221,3 @@ def _image_link(image: str | bytes) -> str:
     if isinstance(image, bytes):
         return "data:image/png;base64," + base64.b64encode(image).decode()
     return str(image)
-
-
-def refresh_engine(engine: Engine, model: QwenVL, version: int) -> None:
-    """Hands the engine a model already in its compute dtype."""
-    engine.set_weights(model, version)

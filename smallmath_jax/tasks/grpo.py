@@ -2,46 +2,37 @@
 
 One step: draw prompts, sample a group of answers each, grade and reward them, turn rewards into advantages and token
 weights on the host, update. Every choice is a function of (seed, step), so a killed run continues bit for bit.
+
+On a pod each host samples and grades its share of the prompts on its own devices; then the hosts exchange the
+completions, and all build the same batch.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from smallmath_jax.data.batches import Sequence, epoch_order, make_sequence
 from smallmath_jax.data.problems import load_problems
+from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
-from smallmath_jax.records import Completion, Problem, Prompt, draw_key, write_part
+from smallmath_jax.records import Completion, Problem, Prompt, draw_key
 from smallmath_jax.report import pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
-from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, training
-from smallmath_jax.tasks.policy import (
-    Policy,
-    compute_dtype,
-    load_policy,
-    make_mesh,
-    prompts_for,
-    trainable,
-)
-from smallmath_jax.tasks.rollouts import Clock, Request, make_engine, rollout_weights, run_requests
+from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, stages, training
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
+from smallmath_jax.tasks.rollouts import Clock, Request, engine_weights, make_engine, run_requests
 from smallmath_jax.train import advantages as adv
-from smallmath_jax.train.loop import MetricWriter, StopSignal
-from smallmath_jax.train.optim import make_optimizer
 from smallmath_jax.verify import rewards
 from smallmath_jax.verify.grader import Grader
 
 
 def run(config: Any, workdir: str) -> None:
     """The whole recipe; each stage is skipped when its result is there, continued when it is half done."""
-    with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
+    with runs.open_run(config, workdir) as this_run, stages.stop_signal() as stop:
         mesh = make_mesh(config)
-        problems = load_grpo_problems(
-            config
-        )  # all bad input is found before any device time is spent
+        problems = load_grpo_problems(config)  # bad input is found before any device time is spent
         tests = evaluate.load_evaluation_problems(config)
         reward = rewards.from_config(config.reward)
         runs.say(rewards.value_table(reward))
@@ -50,10 +41,11 @@ def run(config: Any, workdir: str) -> None:
             policy = sft.fine_tune(policy, config, this_run.workdir / "sft", mesh, stop)
         engine = make_engine(policy, config)
         if config.eval.before:
-            sft.evaluate_stage(policy, engine, tests, config, this_run.workdir, "before")
+            stages.evaluate_stage(policy, engine, tests, config, this_run.workdir, "before")
         policy = improve(policy, engine, problems, reward, config, this_run.workdir, mesh, stop)
+        engine.set_weights(engine_weights(policy.model, config), config.grpo.steps)
         if config.eval.after:
-            sft.evaluate_stage(policy, engine, tests, config, this_run.workdir, "after")
+            stages.evaluate_stage(policy, engine, tests, config, this_run.workdir, "after")
         if config.export:
             export.export_policy(policy, this_run.workdir / "export")
         pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
@@ -82,65 +74,69 @@ def improve(
     config: Any,
     workdir: Any,
     mesh: jax.sharding.Mesh,
-    stop: StopSignal,
+    stop: stages.StopSignal,
 ) -> Policy:
     """Adjusted GRPO for `config.grpo.steps` steps from the newest checkpoint, or from `policy`."""
     settings = config.grpo
-    trainer = training.make_trainer(
+    problems, prompts, left_out = prompts_for(problems, policy, config)
+    if left_out:
+        runs.say(f"GRPO problems left out: {left_out}")
+    trainer = make_grpo_trainer(policy, prompts, config, mesh)
+    with (
+        stages.Progress(workdir, config, trainer, settings.steps, "grpo", stop) as progress,
+        Grader() as grader,
+    ):
+        reference = jax.tree.map(lambda x: x + 0, policy.model) if settings.kl_beta else None
+        state = progress.restore_or_start()
+        for step in range(progress.first, settings.steps):
+            clock = Clock()
+            engine.set_weights(engine_weights(state.model, config), step)
+            chosen = step_problems(len(problems), step, settings.prompts, config.seed)
+            share = hosts.share(list(enumerate(chosen)))
+            groups = sample_groups(engine, [prompts[index] for _, index in share], config, step)
+            clock.lap("generate")
+            mine = [
+                grade_group(
+                    place, problems[index], prompts[index], group, policy, reward, grader, step
+                )
+                for (place, index), group in zip(share, groups, strict=True)
+            ]
+            rows = exchange(mine)
+            clock.lap("grade")
+            batch = group_batch([prompts[index] for index in chosen], rows, config)
+            state, metrics = update(trainer, state, batch, config, step, reference)
+            clock.lap("train")
+            record = grpo_metrics.step_metrics(batch, metrics, clock.seconds, engine.counters())
+            progress.log(step + 1, record, grpo_metrics.postfix)
+            local = [row for found in mine for row in found]
+            progress.keep_completions(step + 1, local)
+            if step % config.log.samples_every == 0:
+                grpo_metrics.log_samples(local, config.log.samples, progress.write)
+            progress.advance(step + 1, state)
+        return dataclasses.replace(policy, model=state.model)
+
+
+def make_grpo_trainer(
+    policy: Policy, prompts: list[Prompt], config: Any, mesh: jax.sharding.Mesh
+) -> training.Trainer:
+    settings = config.grpo
+    longest = max(len(prompt.token_ids) for prompt in prompts) + settings.sampling.max_tokens
+    per_update = -(-settings.prompts // settings.updates) * settings.group_size
+    return training.make_trainer(
         policy,
         config,
         settings,
         mesh,
-        workdir,
         loss="grpo",
-        total_updates=settings.steps * _updates_a_step(config),
+        total_updates=settings.steps * settings.updates * settings.inner_epochs,
+        microbatches=training.microbatches_for(per_update, longest, settings),
+        loss_settings={
+            "epsilon_low": settings.epsilon_low,
+            "epsilon_high": settings.epsilon_high,
+            "kl_beta": settings.kl_beta,
+            "importance_cap": settings.importance_cap or None,
+        },
     )
-    state, first = trainer.restore_or_start()
-    if first >= settings.steps:
-        return dataclasses.replace(policy, model=state.model)
-    problems, prompts, dropped = prompts_for(problems, policy, config)
-    if dropped:
-        runs.say(f"GRPO problems left out: {dropped}")
-    writer = MetricWriter(workdir, host=hosts.host_index())
-    writer.drop_after(first)
-    bar = tqdm(total=settings.steps, initial=first, desc="grpo", unit="step")
-    reference = trainer.reference_model(state.model) if settings.kl_beta else None
-    with Grader() as grader:
-        for step in range(first, settings.steps):
-            clock = Clock()
-            engine.set_weights(rollout_weights(state.model, compute_dtype(config)), step)
-            chosen = step_problems(len(problems), step, settings.prompts, config.seed)
-            groups = sample_groups(engine, [prompts[i] for i in chosen], config, step)
-            clock.lap("generate")
-            group_problems = [problems[i] for i in chosen]
-            rows, parts = grade_groups(
-                group_problems, prompts, chosen, groups, policy, reward, grader, step
-            )
-            clock.lap("grade")
-            batch = group_batch([prompts[i] for i in chosen], groups, parts, config)
-            state, loss_metrics = update(trainer, state, batch, config, step, reference)
-            clock.lap("train")
-            record = grpo_metrics.step_metrics(
-                rows, parts, batch, loss_metrics, clock.seconds, engine.counters()
-            )
-            writer.write(step + 1, record)
-            if step % config.log.samples_every == 0:
-                grpo_metrics.log_samples(rows, config.log.samples, bar)
-            write_part(
-                workdir / "completions", f"{step + 1:08d}-host{hosts.host_index()}.jsonl", rows
-            )
-            bar.update(1)
-            bar.set_postfix_str(grpo_metrics.postfix(record))
-            trainer.maybe_save(step + 1, state, record, writer, last=stop.requested)
-            if stop.requested:
-                trainer.exit_saved(step + 1)
-    bar.close()
-    trainer.finish(settings.steps, state, writer)
-    return dataclasses.replace(policy, model=state.model)
-
-
-def _updates_a_step(config: Any) -> int:
-    return config.grpo.updates * config.grpo.inner_epochs
 
 
 def step_problems(count: int, step: int, per_step: int, seed: int) -> list[int]:
@@ -159,160 +155,166 @@ def sample_groups(
     settings = config.grpo
     limits = Limits(max_tokens=settings.sampling.max_tokens)
     sampling = evaluate.sampling_of(settings.sampling)
-    requests = [
-        Request(
-            prompt,
-            np.stack(
-                [
-                    draw_key(config.seed, "grpo", prompt.problem_id, step, n)
-                    for n in range(settings.group_size)
-                ]
-            ),
-            limits,
-            sampling,
-        )
-        for prompt in prompts
-    ]
+    keys = lambda prompt: np.stack(
+        [
+            draw_key(config.seed, "grpo", prompt.problem_id, step, n)
+            for n in range(settings.group_size)
+        ]
+    )
+    requests = [Request(prompt, keys(prompt), limits, sampling) for prompt in prompts]
     groups: list[list[Rollout]] = [[] for _ in prompts]
     for index, rollouts in run_requests(engine, requests):
         groups[index] = rollouts
     return groups
 
 
-def grade_groups(
-    problems: list[Problem],
-    prompts: list[Prompt],
-    chosen: list[int],
-    groups: list[list[Rollout]],
+def grade_group(
+    place: int,
+    problem: Problem,
+    prompt: Prompt,
+    group: list[Rollout],
     policy: Policy,
     reward: rewards.RewardSettings,
     grader: Grader,
     step: int,
-) -> tuple[list[Completion], list[list[rewards.RewardParts]]]:
-    """Verdicts and rewards of all rollouts, as log rows and as parts by group."""
-    rows: list[Completion] = []
-    parts: list[list[rewards.RewardParts]] = []
-    for problem, index, group in zip(problems, chosen, groups, strict=True):
-        prompt = prompts[index]
-        group_parts = []
-        texts = [policy.tokens.decode(rollout.token_ids) for rollout in group]
-        graded = grader.grade_many(
-            [(problem.answer, text) for text in texts], mode="strict", prefix=prompt.prefix
+) -> list[Completion]:
+    """Verdicts and rewards of one prompt's rollouts; `place` is the prompt's in the step's batch."""
+    texts = [decode(policy.tokens, rollout.token_ids) for rollout in group]
+    graded = grader.grade_many(
+        [(problem.answer, text) for text in texts], mode="strict", prefix=prompt.prefix
+    )
+    parts = []
+    for text, rollout, verdict in zip(texts, group, graded, strict=True):
+        parsed = rewards.parse_think_answer(text, prompt.prefix)
+        think = (
+            policy.tokens.tokenizer.encode(parsed.think, add_special_tokens=False)
+            if parsed.think
+            else ()
         )
-        for text, rollout, verdict in zip(texts, group, graded, strict=True):
-            parsed = rewards.parse_think_answer(text, prompt.prefix)
-            think_tokens = len(policy.tokens.encode(parsed.think)) if parsed.think else 0
-            group_parts.append(
-                rewards.reward(parsed, think_tokens, verdict.verdict, rollout.stop_reason, reward)
+        parts.append(
+            rewards.reward(
+                parsed,
+                len(think),
+                verdict.verdict,
+                rollout.stop_reason,
+                reward,
+                problem=problem,
+                text=text,
             )
-        group_parts = rewards.finish_group(group_parts, reward)
-        parts.append(group_parts)
+        )
+    return [
+        evaluate.completion_row(
+            problem,
+            prompt,
+            rollout,
+            sample,
+            text,
+            verdict,
+            step + 1,
+            rewards=part.as_dict(),
+            extra={"place": place, "masked": part.masked},
+        )
         for sample, (text, rollout, verdict, part) in enumerate(
-            zip(texts, group, graded, group_parts, strict=True)
-        ):
-            rows.append(
-                evaluate.completion_row(
-                    problem,
-                    prompt,
-                    rollout,
-                    sample,
-                    text,
-                    verdict,
-                    step + 1,
-                    rewards=part.as_dict(),
-                )
-            )
-    return rows, parts
+            zip(texts, group, graded, rewards.gate_lengths(parts, reward), strict=True)
+        )
+    ]
+
+
+def exchange(groups: list[list[Completion]]) -> list[dict[str, Any]]:
+    """What training needs of every host's completions, in the batch's order, on every host."""
+    fields = ("token_ids", "logprobs", "rewards", "verdict", "stop_reason", "sample", "extra")
+    mine = [{name: getattr(row, name) for name in fields} for group in groups for row in group]
+    rows = [row for part in hosts.gather(mine) for row in part] if hosts.host_count() > 1 else mine
+    return sorted(rows, key=lambda row: (row["extra"]["place"], row["sample"]))
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupBatch:
-    """A rollout batch ready to train on, and the numbers the log wants. N = prompts x group size."""
+    """A rollout batch ready to train on. N = completions of the step, over all hosts, group after group."""
 
-    sequences: list[Sequence]
+    rows: list[dict[str, Any]]  # [N]
+    sequences: list[Sequence]  # [N], weight 1 on each completion token
     group_ids: np.ndarray  # int32 [N]
-    advantages: np.ndarray  # float32 [N]
+    advantages: np.ndarray  # float64 [N]
     lengths: np.ndarray  # int32 [N] completion tokens
     valid: np.ndarray  # bool [N]: neither masked for truncation nor ungradable
 
 
-def group_batch(
-    prompts: list[Prompt],
-    groups: list[list[Rollout]],
-    parts: list[list[rewards.RewardParts]],
-    config: Any,
-) -> GroupBatch:
-    """Advantages and token weights (laws 1, 7, 9), computed once per generation batch."""
+def group_batch(prompts: list[Prompt], rows: list[dict[str, Any]], config: Any) -> GroupBatch:
+    """Advantages of a step's completions (laws 7 and 9), once per generation batch."""
     settings = config.grpo
-    flat = [rollout for group in groups for rollout in group]
-    flat_parts = [part for group in parts for part in group]
-    group_ids = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    lengths = np.asarray([len(rollout.token_ids) for rollout in flat], np.int32)
-    valid = np.asarray([not part.masked for part in flat_parts], bool)
-    totals = np.asarray([part.total for part in flat_parts], np.float64)
+    group_ids = np.asarray([row["extra"]["place"] for row in rows], np.int32)
+    valid = np.asarray([not row["extra"]["masked"] for row in rows], bool)
     values = adv.advantages(
-        totals, group_ids, valid, scale=settings.advantage_scale, eps=settings.advantage_eps
-    )
-    sequences = []
-    for prompt, group_id, rollout, advantage, keep in zip(
-        np.repeat(np.asarray(prompts, object), [len(group) for group in groups]),
+        [row["rewards"]["total"] for row in rows],
         group_ids,
-        flat,
-        values,
         valid,
-        strict=True,
-    ):
-        tokens = np.asarray(rollout.token_ids, np.int32)
-        full = lambda value: np.full(len(tokens), value, np.float32)
-        sequences.append(
-            make_sequence(
-                prompt,
-                tokens,
-                weights=full(float(keep)),
-                advantages=full(advantage),
-                sampler_log_probs=np.asarray(rollout.log_probs, np.float32),
-            )
+        scale=settings.advantage_scale,
+        eps=settings.advantage_eps,
+    )
+    sequences = [
+        make_sequence(
+            prompts[group],
+            np.asarray(row["token_ids"], np.int32),
+            advantages=float(value),
+            sampler_log_probs=np.asarray(row["logprobs"], np.float32),
+            temperature=settings.sampling.temperature,
         )
-    return GroupBatch(sequences, group_ids, values.astype(np.float32), lengths, valid)
+        for row, group, value in zip(rows, group_ids, values, strict=True)
+    ]
+    lengths = np.asarray([len(row["token_ids"]) for row in rows], np.int32)
+    return GroupBatch(rows, sequences, group_ids, values, lengths, valid)
 
 
 def update(
-    trainer: "training.Trainer",
-    state: Any,
-    batch: GroupBatch,
-    config: Any,
-    step: int,
-    reference: Any,
+    trainer: training.Trainer, state: Any, batch: GroupBatch, config: Any, step: int, reference: Any
 ) -> tuple[Any, dict[str, float]]:
-    """`updates` optimiser steps, each on its own groups, `inner_epochs` times over."""
+    """`updates` optimiser steps, each on its own groups, `inner_epochs` times over.
+
+    A completion of advantage 0 has no gradient without a KL term, so it is left out of the forward passes; its
+    tokens stay in the denominators.
+    """
     settings = config.grpo
-    on_policy = settings.updates * settings.inner_epochs == 1
-    sequences = batch.sequences
-    if not on_policy:  # law 2: pi_old is the trainer's own, before the first update
-        sequences = trainer.with_log_probs(sequences, state.model, "old_log_probs")
+    teaches = batch.valid & ((batch.advantages != 0) | bool(settings.kl_beta))
+    sequences = dict(zip(np.flatnonzero(teaches).tolist(), _taught(batch, teaches), strict=True))
+    if (
+        settings.updates * settings.inner_epochs > 1
+    ):  # law 2: pi_old is the trainer's own, before the first update
+        sequences = _with_log_probs(trainer, sequences, state.model, "old_log_probs")
     if reference is not None:
-        sequences = trainer.with_log_probs(sequences, reference, "reference_log_probs")
+        sequences = _with_log_probs(trainer, sequences, reference, "reference_log_probs")
     groups = np.unique(batch.group_ids)
-    collected: list[dict[str, float]] = []
+    collected: list[dict[str, jax.Array]] = []
     for epoch in range(settings.inner_epochs):
         order = epoch_order(len(groups), config.seed, step * settings.inner_epochs + epoch)
         for members in np.array_split(groups[order], settings.updates):
             mask = np.isin(batch.group_ids, members)
-            weights = adv.token_weights(
+            weights = np.zeros(len(mask))
+            weights[mask] = adv.token_weights(
                 settings.denominator,
                 batch.lengths[mask],
                 batch.group_ids[mask],
                 batch.valid[mask],
                 max_length=settings.sampling.max_tokens,
             )
-            chosen = [sequences[i] for i in np.flatnonzero(mask)]
             weighted = [
-                dataclasses.replace(sequence, weights=sequence.weights * weight)
-                for sequence, weight in zip(chosen, weights, strict=True)
+                dataclasses.replace(
+                    sequence, weights=(sequence.weights * weights[index]).astype(np.float32)
+                )
+                for index, sequence in sequences.items()
+                if mask[index]
             ]
             state, metrics = trainer.step(state, weighted)
             collected.append(metrics)
     return state, grpo_metrics.mean_metrics(collected)
 
 
-RewardFunction = Callable[..., float]
+def _taught(batch: GroupBatch, teaches: np.ndarray) -> list[Sequence]:
+    return [sequence for sequence, keep in zip(batch.sequences, teaches, strict=True) if keep]
+
+
+def _with_log_probs(
+    trainer: training.Trainer, sequences: dict[int, Sequence], model: Any, field: str
+) -> dict[int, Sequence]:
+    found = trainer.with_log_probs(list(sequences.values()), model, field)
+    return dict(zip(sequences, found, strict=True))

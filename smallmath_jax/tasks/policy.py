@@ -10,7 +10,8 @@ from etils import epath
 from flax import nnx
 
 from smallmath_jax.data.images import ImageSettings
-from smallmath_jax.data.prompts import GRAMMARS, Tokens, build_prompt, load_tokens
+from smallmath_jax.data.prompts import GRAMMARS, build_prompt
+from smallmath_jax.data.tokens import Tokens, load_tokens
 from smallmath_jax.models import lora, weights
 from smallmath_jax.models.config import ModelConfig, tiny_config
 from smallmath_jax.models.qwen_vl import QwenVL

@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from smallmath_jax.models.qwen_vl import QwenVL
+from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Prompt, Sampling
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks.policy import Policy, compute_dtype
@@ -29,7 +28,7 @@ def make_engine(policy: Policy, config: Any) -> Engine:
     """An engine with its own copy of the weights in the compute dtype."""
     return Engine(
         policy.config,
-        rollout_weights(policy.model, compute_dtype(config)),
+        engine_weights(policy.model, config),
         slots=config.engine.slots,
         cache_length=config.engine.cache_length,
         prefill_chunk=config.engine.prefill_chunk,
@@ -43,9 +42,9 @@ def make_engine(policy: Policy, config: Any) -> Engine:
     )
 
 
-def rollout_weights(model: QwenVL, dtype: jnp.dtype) -> QwenVL:
-    """A copy of the weights for the engine: the trainer donates its own at each step."""
-    return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype) + 0, tree))(model)
+def engine_weights(model: QwenVL, config: Any) -> QwenVL:
+    """The engine's own copy of the weights, on this host's devices: the trainer donates its own at each step."""
+    return hosts.local_copy(model, compute_dtype(config))
 
 
 def run_requests(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from smallmath_jax.data.images import load_image
+from smallmath_jax.data.tokens import decode
 from smallmath_jax.records import Problem, draw_key
 from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.tasks import runs
@@ -30,7 +31,7 @@ def run(config: Any, workdir: str) -> None:
     keys = draw_key(config.seed, "solve", config.problem)[None]
     request = Request(prompts[0], keys, limits, sampling_of(config.sampling))
     ((_, (rollout,)),) = run_requests(make_engine(policy, config), [request])
-    text = policy.tokens.decode(rollout.token_ids)
+    text = decode(policy.tokens, rollout.token_ids)
     parsed = rewards.parse_think_answer(text, prompts[0].prefix)
     answer = extract(text, mode="lenient", prefix=prompts[0].prefix)
     print(parsed.think if parsed.well_formed else prompts[0].prefix + text)

@@ -1,0 +1,142 @@
+"""Supervised fine-tuning on worked solutions: alone, or as the cold start of GRPO (Small-Math-R1, section 3.2.1)."""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from smallmath_jax.data.batches import RowPlan, Sequence, make_sequence, plan_rows, sft_rows
+from smallmath_jax.data.problems import load_problems
+from smallmath_jax.data.prompts import GRAMMARS, format_completion
+from smallmath_jax.data.tiny import worked_solution
+from smallmath_jax.data.tokens import completion_ids
+from smallmath_jax.records import Problem, draw_key
+from smallmath_jax.report import pages
+from smallmath_jax.tasks import evaluate, export, runs, stages, training
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
+from smallmath_jax.tasks.rollouts import make_engine
+
+
+def run(config: Any, workdir: str) -> None:
+    """Fine-tunes, evaluates before and after as the config says, exports, reports."""
+    with runs.open_run(config, workdir) as this_run, stages.stop_signal() as stop:
+        mesh = make_mesh(config)
+        tests = evaluate.load_evaluation_problems(config)
+        policy = load_policy(config, mesh)
+        if config.eval.before:
+            stages.evaluate_stage(
+                policy, make_engine(policy, config), tests, config, this_run.workdir, "before"
+            )
+        policy = fine_tune(policy, config, this_run.workdir, mesh, stop)
+        if config.eval.after:
+            stages.evaluate_stage(
+                policy, make_engine(policy, config), tests, config, this_run.workdir, "after"
+            )
+        if config.export:
+            export.export_policy(policy, this_run.workdir / "export")
+        pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
+        runs.say(f"done in {this_run.wall_s():.0f} s; report: {workdir}/report/index.html")
+
+
+def fine_tune(
+    policy: Policy,
+    config: Any,
+    folder: epath.Path,
+    mesh: jax.sharding.Mesh,
+    stop: stages.StopSignal,
+) -> Policy:
+    """The policy after `config.sft`, its metrics and checkpoints in `folder`; finished stages are only restored."""
+    settings = config.sft
+    sequences, left_out = load_sequences(policy, config)
+    plan = plan_rows(
+        [len(sequence.token_ids) for sequence in sequences],
+        [sequence.patches for sequence in sequences],
+        [float(sequence.weights.sum()) for sequence in sequences],
+        row_length=settings.row_length,
+        row_patches=settings.row_patches if policy.config.vision is not None else 0,
+        rows_per_step=settings.rows,
+        over="drop",
+    )
+    total = settings.steps or settings.epochs * plan.steps_per_epoch
+    _announce(sequences, plan, left_out, total)
+    trainer = training.make_trainer(
+        policy,
+        config,
+        settings,
+        mesh,
+        loss="sft",
+        total_updates=total,
+        microbatches=math.ceil(settings.rows / settings.microbatch_rows),
+    )
+    with stages.Progress(folder, config, trainer, total, "sft", stop) as progress:
+        state = progress.restore_or_start()
+        last = time.perf_counter()
+        for step in range(progress.first, total):
+            rows = sft_rows(sequences.__getitem__, plan, config.seed, step)
+            state, metrics = trainer.step_rows(state, rows)
+            tokens = sum(len(sequence.token_ids) for row in rows for sequence in row)
+            record = {**metrics, "num_tokens": tokens}
+            if (step + 1) % config.log.every == 0 or step + 1 == total:
+                now = time.perf_counter()
+                record["step_time"] = (now - last) / config.log.every
+                record["tokens_per_second"] = tokens / record["step_time"]
+                last = now
+                progress.log(step + 1, record, _postfix)
+            progress.advance(step + 1, state)
+        return dataclasses.replace(policy, model=state.model)
+
+
+def load_sequences(policy: Policy, config: Any) -> tuple[list[Sequence], dict[str, int]]:
+    """Every problem with a solution, as prompt and completion; what does not fit is counted."""
+    settings = config.sft
+    problems = [
+        problem
+        for source in settings.data
+        for problem in load_problems(source, limit=settings.problems or None, seed=config.seed)
+    ]
+    kept, prompts, left_out = prompts_for(problems, policy, config, prefix="")
+    sequences = []
+    for problem, prompt in zip(kept, prompts, strict=True):
+        text = solution_text(problem, config)
+        if text is None:
+            left_out["no_solution"] = left_out.get("no_solution", 0) + 1
+            continue
+        sequences.append(make_sequence(prompt, completion_ids(text, policy.tokens)))
+    if not sequences:
+        raise ValueError(
+            f"sft.data: none of {len(problems)} problems can be trained on; left out: {left_out}"
+        )
+    return sequences, left_out
+
+
+def solution_text(problem: Problem, config: Any) -> str | None:
+    """The completion to learn, in the config's grammar. Embedded problems have a style drawn by the problem's id."""
+    if problem.source == "tiny":
+        share = draw_key(config.seed, "style", problem.id)[0] / 2**32
+        style = "terse" if share < config.sft.terse_share else "worked"
+        return worked_solution(problem, config.prompt.grammar, style)
+    if not problem.solution:
+        return None
+    return format_completion(problem.solution, problem.answer, GRAMMARS[config.prompt.grammar])
+
+
+def _announce(
+    sequences: list[Sequence], plan: RowPlan, left_out: dict[str, int], total: int
+) -> None:
+    if plan.dropped:
+        left_out = {**left_out, "longer_than_a_row": len(plan.dropped)}
+    tokens = np.sum([len(sequence.token_ids) for sequence in sequences])
+    runs.say(
+        f"SFT: {len(sequences)} solutions, {tokens:,} tokens in {len(plan.rows)} rows, {total} steps"
+        + (f"; left out {left_out}" if left_out else "")
+    )
+
+
+def _postfix(record: dict[str, float]) -> str:
+    accuracy = record.get("mean_token_accuracy")
+    shown = f" token accuracy {accuracy:.1%}" if accuracy is not None else ""
+    return f"loss {record['loss']:.3f}{shown} {record['tokens_per_second']:,.0f} tok/s"
