@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from smallmath_jax.models.config import ModelConfig
 from smallmath_jax.models.qwen_vl import QwenVL
 from smallmath_jax.models.tree import leaf_name
-from smallmath_jax.parallel.mesh import BATCH_AXES, batch_shards
+from smallmath_jax.parallel.mesh import BATCH_AXES, batch_shards, platform_of
 
 P = PartitionSpec
 Rules = tuple[tuple[str, PartitionSpec], ...]
@@ -158,3 +158,12 @@ def constrain_head(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
         return jax.lax.with_sharding_constraint(head, NamedSharding(mesh, P(axis, None)))
 
     return apply
+
+
+def head_chunk(mesh: Mesh, per_chip: int = 1024) -> int:
+    """Tokens of a microbatch per pass over the vocabulary head, for the mesh's machine; 0 on CPU: the caller's choice.
+
+    1024 a chip: the logits of one pass are 0.6 GiB; 256 a chip re-reads the head's gradient so often that the
+    compiler's estimate is 70 % longer. Asks the mesh and not jax.devices(), which is the CPU under AOT compilation.
+    """
+    return 0 if platform_of(mesh) == "cpu" else per_chip * batch_shards(mesh)
