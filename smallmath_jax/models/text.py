@@ -51,9 +51,10 @@ class Decoder(nnx.Module):
         keys = jax.random.split(rngs.params(), config.layers)
         self.layers = jax.vmap(lambda key: Layer(config, nnx.Rngs(key)))(keys)
         self.norm = nnx.Param(jnp.ones((config.hidden_size,)))
-        self.lm_head = None
-        if not config.tie:
-            self.lm_head = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape))
+        # in one step: Flax fixes at the first assignment whether an attribute holds parameters
+        self.lm_head = (
+            None if config.tie else nnx.Param(INIT_STD * jax.random.normal(rngs.params(), shape))
+        )
 
     def __call__(
         self,
