@@ -60,6 +60,13 @@ def locate(path: str) -> str:
         ) from error
 
 
+def same(folder: str, other: str) -> bool:
+    """Whether two paths mean one place."""
+    if "://" in folder or "://" in other:
+        return folder.rstrip("/") == other.rstrip("/")
+    return os.path.realpath(folder) == os.path.realpath(other)
+
+
 def names(folder: str) -> list[str]:
     """Sorted names of the files in a folder; FileNotFoundError when there is none."""
     fs, path = tensors.filesystem(folder)

@@ -100,12 +100,12 @@ def export_folder(
     config: ModelConfig,
     path: str,
     *,
-    source: str | None = None,
+    source: Any = None,
     tokenizer: Any = None,
     dtype: Any = None,
     max_shard_bytes: int = 5_000_000_000,
     image_settings: ImageSettings | None = None,
-    overwrite: bool = False,
+    overwrite: bool = True,
 ) -> str:
     """Writes a folder that transformers 4.49 to 5.x and vLLM load: published names, flat config, tokenizer.
 
@@ -114,24 +114,29 @@ def export_folder(
 
     Args:
       source: folder (or hub name) the model came from. Its config.json is kept but for changed fields, its tokenizer,
-        chat template, generation and preprocessor configs are copied.
+        chat template, generation and preprocessor configs are copied. Or, where there is none, a tokenizer.
       tokenizer: a transformers tokenizer, written in place of the source's (added tokens).
       dtype: of every tensor in the file. Default: that of the source's tensors, else that of the model.
       max_shard_bytes: more is split into shards with an index.
       image_settings: written as preprocessor_config.json where the source has none; default: the published ones.
-      overwrite: replace an earlier export at `path`.
+      overwrite: replace the model folder that stands at `path`, so that the same command can be given again.
 
     Returns:
       `path`.
 
     Raises:
       ValueError: the model still has LoRA leaves, or does not match `config`.
-      FileExistsError: `path` holds something (and `overwrite` is false, or it is no model folder).
+      FileExistsError: `path` is `source`, or holds something that is no model folder, or anything without `overwrite`.
     """
     leaves = _exportable(model)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
     wanted = published(TABLES[config.family], config, shapes)
+    if hasattr(source, "save_pretrained"):
+        source, tokenizer = None, tokenizer or source
     source = None if source is None else folders.locate(source)
+    path = str(path).rstrip("/")
+    if source is not None and folders.same(source, path):
+        raise FileExistsError(f"{path} is the folder the model came from; export to another path")
     dtype = np.dtype(dtype if dtype is not None else _default_dtype(source, leaves))
     has_value_head = "value_head/kernel" in leaves
     shards = _split(wanted, dtype.itemsize, max_shard_bytes)
