@@ -8,7 +8,7 @@ from flax import nnx
 
 from smallmath_jax.models.attention import AttentionFn, einsum_attention
 from smallmath_jax.models.config import ModelConfig
-from smallmath_jax.models.text import Constrain, Decoder
+from smallmath_jax.models.text import Cache, Constrain, Decoder, Layer
 from smallmath_jax.models.vision import VisionTower
 
 
@@ -98,27 +98,30 @@ def head_matrix(model: QwenVL) -> jax.Array:
     return head[...]
 
 
-def init_cache(
-    config: ModelConfig, batch: int, length: int, dtype=jnp.float32
-) -> dict[str, jax.Array]:
-    """An empty cache: k and v [layers, batch, length, kv_heads, head_dim]."""
+def init_cache(config: ModelConfig, batch: int, length: int, dtype=jnp.float32) -> Cache:
+    """An empty cache: a layer has k [batch, kv_heads, head_dim, length] and v [batch, kv_heads, length, head_dim]."""
     text = config.text
-    shape = (text.layers, batch, length, text.kv_heads, text.head_dim)
-    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+    wide, tall = (text.head_dim, length), (length, text.head_dim)
+    make = lambda shape: tuple(
+        jnp.zeros((batch, text.kv_heads, *shape), dtype) for _ in range(text.layers)
+    )
+    return {"k": make(wide), "v": make(tall)}
 
 
 def forward_cached(
     model: QwenVL,
     embeddings: jax.Array,
     positions: jax.Array,
-    cache: dict[str, jax.Array],
+    cache: Cache,
     start: jax.Array,
+    layers: tuple[Layer, ...] | None = None,
     *,
     compute_dtype=jnp.float32,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Cache]:
     """Final hidden [B, T, D] of T new tokens a row, and the cache with them written.
 
     Token t of row b is written at cache slot start[b] + t and sees the slots up to its own; the cache is dense from
     slot 0. Trailing padding of a chunk does no harm: what follows overwrites it. Donate the cache to keep it in place.
+    `layers` are the weights of text.split_layers, cut once for many calls.
     """
-    return model.text.cached(embeddings.astype(compute_dtype), positions, cache, start)
+    return model.text.cached(embeddings.astype(compute_dtype), positions, cache, start, layers)
