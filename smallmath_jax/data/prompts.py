@@ -4,6 +4,7 @@ A prompt is rendered to chat text, encoded, and its image tokens expanded here; 
 travel with it. Nothing is ever cut: a prompt that is too long is an error or is dropped whole and counted.
 """
 
+import ast
 import dataclasses
 import io
 import re
@@ -67,13 +68,33 @@ class Grammar:
     render: Callable[[str, str], str]
 
 
+THINK_ANSWER = re.compile(
+    r"\A\s*<think>(.*?)</think>\s*(?:<answer>(.*?)</answer>)?\s*\Z", re.DOTALL
+)
+
+
 def _think_answer(reasoning: str, answer: str) -> str:
+    """A reasoning that already has <think> or <answer> tags is written anew, its tags never nest."""
+    found = THINK_ANSWER.match(reasoning)
+    reasoning = found[1] if found else reasoning
+    if re.search(r"</?(?:think|answer)>", reasoning + answer):
+        raise ValueError(
+            f"a solution has stray <think> or <answer> tags, remove them: {reasoning.strip()[:80]!r}"
+        )
     return f"<think>\n{reasoning.strip()}\n</think>\n<answer>{answer.strip()}</answer>"
 
 
 def _code_steps(reasoning: str, answer: str) -> str:
     """`reasoning` is a program whose steps are set apart by <end_of_step> or, without marks, by blank lines."""
+    if reasoning.lstrip().startswith("<code>") and "<end_of_code>" in reasoning:
+        return reasoning  # already in this form
     mark = "<end_of_step>"
+    try:
+        ast.parse(reasoning.replace(mark, ""))
+    except SyntaxError as error:
+        raise ValueError(
+            f"a code_steps solution must be Python, this is not ({error.msg}, line {error.lineno}): {reasoning[:80]!r}"
+        ) from error
     parts = reasoning.split(mark) if mark in reasoning else re.split(r"\n[ \t]*\n", reasoning)
     steps = [part.strip("\n") for part in parts if part.strip()]
     if not steps:
@@ -112,7 +133,8 @@ def format_completion(reasoning: str, answer: str, grammar: Grammar) -> str:
     """A worked solution as a completion of `grammar` (no end token).
 
     think_answer: <think>, reasoning, </think>, <answer>answer</answer>. code_steps: `reasoning` is Python, in steps;
-    `answer` is what it prints. Raises ValueError for an empty program.
+    `answer` is what it prints. A reasoning that is in the form already is not wrapped twice. Raises ValueError for
+    stray tags and for a program that is empty or no Python.
     """
     return grammar.render(reasoning, answer)
 
@@ -135,11 +157,19 @@ def stop_sequences(tokens: Tokens, grammar: Grammar) -> tuple[tuple[int, ...], .
 
 
 def user_text(problem: Problem) -> str:
-    """The problem's text with its options as lines "(A) ...": what stands in the user's turn, image marks included."""
+    """The problem's text with its options as lines "(A) ...": what stands in the user's turn, image marks included.
+
+    Where the answer is a letter, a last line asks for one.
+    """
     lines = [problem.problem]
-    for index, option in enumerate(problem.options):
-        label = f"({chr(ord('A') + index)})"
-        lines.append(option if option.lstrip().startswith(label) else f"{label} {option}")
+    letters = [chr(ord("A") + index) for index in range(len(problem.options))]
+    for letter, option in zip(letters, problem.options, strict=True):
+        named = option.lstrip().startswith(f"({letter})")
+        lines.append(
+            option if named else f"({letter}) {'' if option == letter else option}".rstrip()
+        )
+    if problem.answer.strip("() .") in letters:
+        lines.append("Answer with the letter of the right option.")
     return "\n".join(lines)
 
 
