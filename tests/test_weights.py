@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_hf
 import torch
 import transformers
 from flax import nnx
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import tiny_hf
-from smallmath_jax.models import weight_table, weights
+from smallmath_jax.models import streaming, weight_table, weights
 from smallmath_jax.models.config import from_hf
 from smallmath_jax.models.layers import Linear
 from smallmath_jax.models.tree import named_leaves
@@ -205,7 +205,7 @@ def read_all(folder) -> dict[str, torch.Tensor]:
 
 def test_import_is_their_modules_and_computes_their_logits(theirs, monkeypatch):
     kind, model, folder = theirs
-    monkeypatch.setattr(weights, "_BLOCK_BYTES", 1000)  # several blocks a leaf
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", 1000)  # several blocks a leaf
     ours, config = weights.import_folder(folder)
     leaves = dict(named_leaves(ours))
     assert ("text/lm_head" in leaves) == (not kind.endswith("_tied"))

@@ -6,21 +6,19 @@ Published ("hub") names and a flat config are what every transformers version an
 the names transformers 4.52 and later use in memory are read as well.
 """
 
-import dataclasses
-import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from smallmath_jax.data.images import ImageSettings
-from smallmath_jax.models import companions, folders, tensors
+from smallmath_jax.models import companions, folders, streaming, tensors
 from smallmath_jax.models.config import ModelConfig
 from smallmath_jax.models.layers import Linear
 from smallmath_jax.models.qwen_vl import QwenVL, abstract_model
@@ -37,8 +35,6 @@ from smallmath_jax.models.weight_table import (
 
 resolve_folder = folders.locate
 
-_BLOCK_BYTES = 32 << 20  # of file data on the host at once, or one layer where that is larger
-_SMALL_BYTES = 1 << 20  # less is fetched whole: cheaper than compiling a slice
 _PROBLEMS_SHOWN = 20
 
 
@@ -91,7 +87,9 @@ def import_folder(
         wanted |= heads
     sources = _sources(wanted, found, shapes)
     places = _places(model, shardings, device)
-    fill = lambda name, leaf: _fill(leaf.shape, places[name], np.dtype(dtype), sources[name])
+    fill = lambda name, leaf: streaming.fill(
+        leaf.shape, places[name], np.dtype(dtype), sources[name]
+    )
     return map_named(fill, model), config
 
 
@@ -150,14 +148,14 @@ def export_folder(
         plan[folders.VALUE_HEAD] = published(VALUE_HEAD, config, shapes)
     if jax.process_index() != 0:
         for entries in plan.values():  # take part in the gathers
-            for _ in _stream(entries, leaves):
+            for _ in streaming.stream(entries, leaves):
                 pass
         return path
     with folders.publish(path, overwrite) as open_file:
         for file, entries in plan.items():
             with open_file(file) as target:
                 places = {name: entry.shape for name, entry in entries.items()}
-                tensors.write_file(target, places, dtype, _stream(entries, leaves))
+                tensors.write_file(target, places, dtype, streaming.stream(entries, leaves))
         if files != [folders.WHOLE]:
             with open_file(folders.INDEX) as target:
                 target.write(_index(plan, dtype.itemsize))
@@ -185,32 +183,44 @@ def _match(
 ) -> dict[str, tensors.Stored]:
     """The stored tensor of every wanted name; ValueError naming all that does not fit."""
     found = {hub_name(name): place for name, place in stored.items()}
-    problems = [
+    missing = [
         f"missing: {name}: expected {list(entry.shape)}"
         for name, entry in wanted.items()
         if name not in found
     ]
-    for name, place in found.items():
-        shape = list(place.shape)
-        if name not in wanted:
-            if not RECOMPUTED.search(name) and not _is_tied_copy(name, found):
-                problems.append(f"extra: {name}: found {shape}, expected no such tensor")
-        elif place.shape != wanted[name].shape:
-            problems.append(
-                f"misshapen: {name}: expected {list(wanted[name].shape)}, found {shape}"
-            )
-        elif place.code not in tensors.DTYPES:
-            known = ", ".join(tensors.DTYPES)
-            problems.append(f"dtype: {name}: expected one of {known}, found {place.code}")
-    if problems:
-        shown = problems[:_PROBLEMS_SHOWN]
-        if len(problems) > len(shown):
-            shown.append(f"and {len(problems) - len(shown)} more")
+    extra = [
+        f"extra: {name}: found {list(place.shape)}, expected no such tensor"
+        for name, place in found.items()
+        if name not in wanted and not RECOMPUTED.search(name) and not _is_tied_copy(name, found)
+    ]
+    wrong = [
+        f"misshapen: {name}: expected {list(entry.shape)}, found {list(found[name].shape)}"
+        for name, entry in wanted.items()
+        if name in found and found[name].shape != entry.shape
+    ]
+    wrong += [
+        f"dtype: {name}: expected one of {', '.join(tensors.DTYPES)}, found {found[name].code}"
+        for name in wanted
+        if name in found and found[name].code not in tensors.DTYPES
+    ]
+    twice = [
+        f"twice: {name}: stored as {hub_name(name)} too"
+        for name in stored
+        if hub_name(name) != name and hub_name(name) in stored
+    ]
+    kinds = (missing, extra, wrong, twice)
+    if any(kinds):
+        shown = []
+        for problems in kinds:
+            shown += problems[:_PROBLEMS_SHOWN]
+            if len(problems) > _PROBLEMS_SHOWN:
+                kind = problems[0].partition(":")[0]
+                shown.append(f"and {len(problems) - _PROBLEMS_SHOWN} more {kind}")
         tie = "tied" if config.text.tie else "untied"
         lines = "\n  ".join(shown)
         raise ValueError(
-            f"{folder}: {len(problems)} tensors do not fit its config.json ({config.family}, "
-            f"{config.text.layers} layers, {tie} head):\n  {lines}\n"
+            f"{folder}: {sum(map(len, kinds))} tensors do not fit its config.json "
+            f"({config.family}, {config.text.layers} layers, {tie} head):\n  {lines}\n"
             "Is this the config of these weights? Copy both again from one place."
         )
     return {name: found[name] for name in wanted}
@@ -223,7 +233,7 @@ def _is_tied_copy(name: str, found: Mapping[str, tensors.Stored]) -> bool:
         return False
     if (head.shape, head.code) != (embed.shape, embed.code):
         return False
-    rows = max(1, _BLOCK_BYTES // (head.shape[1] * head.dtype.itemsize))
+    rows = max(1, streaming.BLOCK_BYTES // (head.shape[1] * head.dtype.itemsize))
     return all(
         tensors.read_rows(head, first, min(first + rows, head.shape[0])).tobytes()
         == tensors.read_rows(embed, first, min(first + rows, head.shape[0])).tobytes()
@@ -231,21 +241,11 @@ def _is_tied_copy(name: str, found: Mapping[str, tensors.Stored]) -> bool:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Where one of our leaves lies: file tensors, one a layer, and the leaf's first row in each (fused tensors)."""
-
-    kind: str
-    stacked: bool
-    stored: tuple[tensors.Stored, ...]
-    offset: int
-
-
 def _sources(
     wanted: Mapping[str, Published],
     found: Mapping[str, tensors.Stored],
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, _Source]:
+) -> dict[str, streaming.Source]:
     by_row: dict[Row, list[tensors.Stored]] = {}
     for name, entry in wanted.items():
         by_row.setdefault(entry.row, []).append(found[name])
@@ -253,7 +253,7 @@ def _sources(
     for row, stored in by_row.items():
         offset, stacked = 0, "{}" in row.hub
         for name in row.ours:
-            sources[name] = _Source(row.kind, stacked, tuple(stored), offset)
+            sources[name] = streaming.Source(row.kind, stacked, tuple(stored), offset)
             offset += shapes[name][-1] if row.kind != "same" else shapes[name][int(stacked)]
     lost = sorted(set(shapes) - set(sources))
     if lost:
@@ -267,81 +267,6 @@ def _places(model: QwenVL, shardings: Any, device: jax.Device | None) -> dict[st
         return {name: one for name, _ in named_leaves(model)}
     tree = shardings(model) if callable(shardings) else shardings
     return dict(named_leaves(tree))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer, block, start, 0)
-
-
-def _fill(
-    shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype, source: _Source
-) -> jax.Array:
-    """One leaf on its devices. jax.make_array_from_callback would hold every local shard on the host at once."""
-    boxes: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # replicas share a box
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        box = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        boxes.setdefault(box, []).append(device)
-    spans = [
-        (min(box[axis][0] for box in boxes), max(box[axis][1] for box in boxes))
-        for axis in range(len(shape))
-    ]
-    buffers: dict[jax.Device, jax.Array] = {}
-    for first, last in _blocks(boxes, shape, source):
-        block = _read(source, shape, first, last, spans)
-        for box, devices in boxes.items():
-            start, stop = box[0]
-            if first < start or stop < last:
-                continue
-            inner = [slice(a - s, b - s) for (a, b), (s, _) in zip(box[1:], spans[1:], strict=True)]
-            cut = block[(slice(None), *inner)].astype(dtype, order="C")
-            for device in devices:
-                if (first, last) == (start, stop):
-                    buffers[device] = jax.device_put(cut, device)
-                    continue
-                if first == start:
-                    size = tuple(high - low for low, high in box)
-                    buffers[device] = jnp.zeros(size, dtype, device=device)
-                buffers[device] = _put(buffers[device], cut, np.int32(first - start))
-        jax.block_until_ready(buffers)  # so that the host copy can go before the next is read
-    ordered = [buffers[device] for device in sharding.addressable_devices_indices_map(shape)]
-    return jax.make_array_from_single_device_arrays(shape, sharding, ordered)
-
-
-def _blocks(
-    boxes: Iterable[tuple[tuple[int, int], ...]], shape: tuple[int, ...], source: _Source
-) -> list[tuple[int, int]]:
-    """Ranges of the leaf's first axis to read one after another; none crosses a shard's border."""
-    ranges = sorted({box[0] for box in boxes})
-    if source.kind != "same" and not source.stacked:
-        return ranges  # the first axis is the file's second: no gain from cutting it
-    row_bytes = math.prod(shape[1:]) * source.stored[0].dtype.itemsize
-    step = max(1, _BLOCK_BYTES // row_bytes)
-    return [
-        (first, min(first + step, stop))
-        for start, stop in ranges
-        for first in range(start, stop, step)
-    ]
-
-
-def _read(
-    source: _Source, shape: tuple[int, ...], first: int, last: int, spans: list[tuple[int, int]]
-) -> np.ndarray:
-    """Leaf rows first:last of the first axis in file dtype, the other axes cut to `spans`."""
-    if source.kind == "same" and not source.stacked:
-        block = tensors.read_rows(source.stored[0], source.offset + first, source.offset + last)
-        return block[(slice(None), *(slice(*span) for span in spans[1:]))]
-    axis = 1 if source.kind == "same" else len(shape) - 1  # ours that is the file's first
-    low, high = (source.offset + end for end in spans[axis])
-    layers = source.stored[first:last] if source.stacked else source.stored
-    blocks = [tensors.read_rows(stored, low, high) for stored in layers]
-    if source.kind != "same":
-        # [out, ...] -> [in, out], a view
-        blocks = [block.reshape(high - low, -1).T for block in blocks]
-    if not source.stacked:
-        return blocks[0][first:last]
-    block = blocks[0][None] if len(blocks) == 1 else np.stack(blocks)
-    return block[:, slice(*spans[1])] if source.kind != "same" else block
 
 
 def _exportable(model: QwenVL) -> dict[str, Any]:
@@ -395,51 +320,3 @@ def _index(plan: Mapping[str, Mapping[str, Published]], itemsize: int) -> bytes:
     )
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     return json.dumps(index, indent=2).encode() + b"\n"
-
-
-def _stream(entries: Mapping[str, Published], leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
-    """The tensors' elements in file order, in pieces of about _BLOCK_BYTES or one layer."""
-    for entry in entries.values():
-        for name in entry.row.ours:
-            leaf = leaves[name]
-            if entry.layer is not None:
-                piece = _fetch(leaf, entry.layer, 1)[0]
-                yield piece.T if entry.row.kind == "matrix" else piece
-            elif entry.row.kind == "same":
-                row_bytes = math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
-                step = max(1, _BLOCK_BYTES // row_bytes)
-                for first in range(0, leaf.shape[0], step):
-                    yield _fetch(leaf, first, min(step, leaf.shape[0] - first))
-            else:
-                yield _fetch(leaf, 0, leaf.shape[0]).T
-
-
-@functools.partial(jax.jit, static_argnums=(2,))
-def _rows(x: jax.Array, first: jax.Array, count: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x, first, count, 0)
-
-
-@functools.cache
-def _gather(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(_rows, static_argnums=(2,), out_shardings=everywhere)
-
-
-def _fetch(leaf: Any, first: int, count: int) -> np.ndarray:
-    """Rows first:first + count of a leaf's first axis on the host; the other hosts' parts are gathered."""
-    if not isinstance(leaf, jax.Array):
-        return np.asarray(leaf)[first : first + count]
-    if not leaf.is_fully_addressable:
-        gathered = _gather(leaf.sharding.mesh)(leaf, np.int32(first), count)
-        return np.asarray(gathered.addressable_data(0))
-    result = np.empty((count, *leaf.shape[1:]), leaf.dtype)
-    for shard in leaf.addressable_shards:
-        start, stop, _ = shard.index[0].indices(leaf.shape[0])
-        low, high = max(start, first), min(stop, first + count)
-        if shard.replica_id == 0 and low < high:
-            if shard.data.nbytes <= _SMALL_BYTES:
-                part = np.asarray(shard.data)[low - start : high - start]
-            else:
-                part = _rows(shard.data, np.int32(low - start), high - low)
-            result[(slice(low - first, high - first), *shard.index[1:])] = part
-    return result
