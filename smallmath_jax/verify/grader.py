@@ -1,0 +1,252 @@
+"""Grading completions: our own comparison first, math-verify in a killable child for what that leaves undecided.
+
+A signal cannot interrupt a long C call and only reaches the main thread, so the child is killed from outside when it
+exceeds its wall time, and a warm spare takes its place. Children are fresh interpreters (never forks of a process
+that has jax and its threads loaded) and are started by one long-lived thread: Linux sends the parent-death signal
+when the thread that started a child ends, not when the process does.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from smallmath_jax.verify.answers import Policy, compare, find_answer, gradable, read
+from smallmath_jax.verify.policy import DEFAULT
+
+WALL_S = 1.5  # of one second opinion
+START_S = 60.0  # for a child to load; not counted against the pair that waits
+MEMORY_MB = 2_048
+VERDICTS = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout")
+
+_SCRIPT = Path(__file__).with_name("second_opinion.py")
+_KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR")  # a child needs no other environment
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A verdict, the answer it is about, the rule that found the answer, and whether math-verify was asked."""
+
+    verdict: str  # correct | wrong | no_answer | unparsable_gold | timeout
+    extracted: str | None = None
+    rule: str = "none"
+    fallback: bool = False
+
+
+class Grader:
+    """Grades from any thread. Use as a context manager, or call `close`.
+
+    `workers` second opinions run at once. Counters: graded, one per verdict, fallback (second opinions asked),
+    restarts (children killed or lost) and missing (opinions not to be had, math-verify not being installed).
+    """
+
+    def __init__(
+        self,
+        workers: int = 1,
+        policy: Policy = DEFAULT,
+        wall_s: float = WALL_S,
+        memory_mb: int = MEMORY_MB,
+    ) -> None:
+        self.policy = policy
+        self.workers = workers
+        self._wall_s = wall_s
+        self._memory_mb = memory_mb
+        self._lock = threading.Lock()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._opinions: dict[tuple[str, str], str] = {}
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="grader-keeper")
+        self._seats = threading.Semaphore(workers)
+        self._idle: list[Future[_Child]] = [self._keeper.submit(self._start)]
+        self._closed = False
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def grade(self, gold: str, text: str, mode: str = "strict", prefix: str = "") -> Graded:
+        """The verdict on a completion; `prefix` is what was put after the generation prompt."""
+        found = find_answer(text, mode, prefix)
+        if found.answer is None:
+            verdict = "no_answer" if read(gold).canonical else "unparsable_gold"
+            return self._count(Graded(verdict, None, found.rule))
+        return self._judge(gold, found.answer, found.rule)
+
+    def grade_answer(self, gold: str, answer: str) -> Graded:
+        r"""The verdict on a bare answer; a \boxed or <answer> in it is opened first."""
+        found = find_answer(answer)
+        if found.answer is not None:
+            return self._judge(gold, found.answer, found.rule)
+        if not answer.strip():
+            return self._count(Graded("no_answer", None))
+        return self._judge(gold, answer.strip(), "bare")
+
+    def grade_many(
+        self, pairs: Sequence[tuple[str, str]], mode: str = "strict", prefix: str = ""
+    ) -> list[Graded]:
+        """Verdicts on (gold, completion) pairs, in order."""
+        if self.workers == 1:
+            return [self.grade(gold, text, mode, prefix) for gold, text in pairs]
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(lambda pair: self.grade(*pair, mode, prefix), pairs))
+
+    def counters(self) -> dict[str, int]:
+        """What happened so far."""
+        with self._lock:
+            return {
+                name: self._counts[name]
+                for name in ("graded", *VERDICTS, "fallback", "restarts", "missing")
+            }
+
+    def close(self) -> None:
+        """Ends the children. Grading after this raises RuntimeError."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for future in idle:
+            if not future.cancel():
+                future.result().kill()
+        self._keeper.shutdown()
+
+    def _judge(self, gold: str, answer: str, rule: str) -> Graded:
+        verdict = compare(gold, answer, self.policy)
+        if verdict != "undecided":
+            return self._count(Graded(verdict, answer, rule))
+        told, said = (read(text).text.strip(" $.") for text in (gold, answer))
+        opinion = self._opinion(told, said)
+        verdict = {"equal": "correct", "unparsable": "unparsable_gold", "timeout": "timeout"}.get(
+            opinion, "wrong"
+        )
+        if verdict == "unparsable_gold" and read(gold).nodes:
+            verdict = "wrong"  # we can read it; only the answer is strange
+        return self._count(Graded(verdict, answer, rule, fallback=True))
+
+    def _count(self, graded: Graded) -> Graded:
+        with self._lock:
+            self._counts.update(("graded", graded.verdict))
+            self._counts["fallback"] += graded.fallback
+        return graded
+
+    def _opinion(self, gold: str, answer: str) -> str:
+        """equal | different | unparsable | error | timeout | missing. Timeouts are never remembered."""
+        key = (gold, answer)
+        if key in self._opinions:
+            return self._opinions[key]
+        with self._seats:
+            child = self._take()
+            try:
+                opinion = child.ask(gold, answer, self._wall_s)
+            except BaseException:
+                child.kill()  # it may still be writing an answer nobody will read
+                raise
+            self._give(child, opinion)
+        if opinion != "timeout":
+            with self._lock:
+                if len(self._opinions) >= 20_000:
+                    self._opinions.clear()
+                self._opinions[key] = opinion
+        return opinion
+
+    def _take(self) -> "_Child":
+        """A child that is ready or about to be; makes sure another one is warm or warming."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this Grader is closed; make a new one")
+            ready = [future for future in self._idle if future.done()]
+            future = ready[0] if ready else (self._idle[0] if self._idle else None)
+            if future is not None:
+                self._idle.remove(future)
+            if len(self._idle) < 1:
+                self._idle.append(self._keeper.submit(self._start))
+        return (future or self._keeper.submit(self._start)).result()
+
+    def _give(self, child: "_Child", opinion: str) -> None:
+        with self._lock:
+            if opinion == "missing":
+                self._counts["missing"] += 1
+            lost = opinion == "timeout"
+            self._counts["restarts"] += lost
+            keep = not lost and not self._closed and len(self._idle) < self.workers + 1
+            if keep:
+                done: Future[_Child] = Future()
+                done.set_result(child)
+                self._idle.insert(0, done)
+        if not keep:
+            child.kill()
+
+    def _start(self) -> "_Child":
+        return _Child(self._memory_mb)
+
+
+class _Child:
+    """One math-verify process and the pipes to it."""
+
+    def __init__(self, memory_mb: int) -> None:
+        environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        environment |= {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PYTHONHASHSEED": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT), str(os.getpid()), str(memory_mb)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+        )
+        self._left = b""
+        self._state = ""  # ready | missing | timeout, once known
+
+    def ask(self, gold: str, answer: str, wall_s: float) -> str:
+        """One opinion; `timeout` when time ran out or the process is gone."""
+        if not self._state:
+            self._state = self._line(START_S)
+        if self._state != "ready":
+            return self._state
+        request = json.dumps({"gold": gold, "answer": answer}) + "\n"
+        try:
+            self._process.stdin.write(request.encode())
+        except BrokenPipeError:
+            return "timeout"
+        return self._line(wall_s)
+
+    def _line(self, wall_s: float) -> str:
+        end = time.monotonic() + wall_s
+        poll = select.poll()
+        poll.register(self._process.stdout, select.POLLIN)
+        while b"\n" not in self._left:
+            remaining = end - time.monotonic()
+            if remaining <= 0 or not poll.poll(remaining * 1000):
+                return "timeout"
+            chunk = os.read(self._process.stdout.fileno(), 4096)
+            if not chunk:
+                return "timeout"
+            self._left += chunk
+        line, _, self._left = self._left.partition(b"\n")
+        return line.decode()
+
+    def kill(self) -> None:
+        """SIGKILL, and the pipes closed."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+def ungradable(golds: Iterable[str]) -> list[int]:
+    """Indices of gold answers that can only be compared word by word: look at them before training on them."""
+    return [index for index, gold in enumerate(golds) if not gradable(gold)]
