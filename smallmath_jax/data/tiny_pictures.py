@@ -87,10 +87,10 @@ def _random_bars(source: random.Random) -> Scene:
 
 def _draw_bars(canvas: ImageDraw.ImageDraw, scene: str) -> None:
     for place, height in enumerate(scene.split()):
-        left, top = place * CELL + 2, SIDE - 1 - BAR_UNIT * int(height)
+        left, top = place * CELL + 2, SIDE - BAR_UNIT * int(height)
         canvas.rectangle((left, top, left + 9, SIDE - 1), fill=COLORS["b"])
         for unit in range(1, int(height)):  # a rule a unit, so that heights can be counted
-            line = SIDE - 1 - BAR_UNIT * unit
+            line = SIDE - BAR_UNIT * unit
             canvas.line((left, line, left + 9, line), fill="white")
 
 
