@@ -352,6 +352,15 @@ TOKEN_LOSSES = {"sft": sft, "grpo": grpo}  # of (TokenScores, batch)
 VALUE_LOSSES = {"ppm": ppm, "pqm": pqm, "orm": orm}  # of (values of the batch's ends, batch)
 
 
+def empty_metrics(shapes: dict[str, Metric]) -> dict[str, Metric]:
+    """The metrics of a microbatch that was skipped: they change no sum, minimum or maximum."""
+    neutral = {Smallest: jnp.inf, Largest: -jnp.inf}
+    fill = lambda metric: jax.tree.map(
+        lambda x: jnp.full(x.shape, neutral.get(type(metric), 0), x.dtype), metric
+    )
+    return {name: fill(metric) for name, metric in shapes.items()}
+
+
 def reduce_metric(metric: Metric) -> Array:
     """One number from a metric whose fields are stacked over microbatches."""
     if isinstance(metric, Mean):

@@ -157,17 +157,28 @@ def accumulate(
     model: QwenVL,
     batch: Batch,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The gradient by name and the metrics of a batch [A, B, ...], summed over its A microbatches."""
+    """The gradient by name and the metrics of a batch [A, B, ...], summed over its A microbatches.
+
+    A microbatch without any weight is skipped on the device: a rollout batch packs into a varying number of rows, and
+    fixed shapes with skipped padding never recompile.
+    """
     gradient_of = jax.value_and_grad(objective, has_aux=True)
 
-    def visit(total: dict[str, Array], microbatch: Batch):
+    def add(total: dict[str, Array], microbatch: Batch):
         (loss, metrics), gradient = gradient_of(parameters, model, microbatch)
         metrics["loss"] = losses.Total(loss)
         return jax.tree.map(jnp.add, total, gradient), metrics
 
+    def visit(total: dict[str, Array], microbatch: Batch):
+        if "weights" not in microbatch:
+            return add(total, microbatch)
+        shapes = jax.eval_shape(add, total, microbatch)[1]
+        skip = lambda total, _: (total, losses.empty_metrics(shapes))
+        return jax.lax.cond((microbatch["weights"] != 0).any(), add, skip, total, microbatch)
+
     if jax.tree.leaves(batch)[0].shape[0] == 1:  # no loop, no second copy of the gradient
         nothing = dict.fromkeys(parameters, 0.0)
-        gradient, metrics = visit(nothing, jax.tree.map(lambda field: field[0], batch))
+        gradient, metrics = add(nothing, jax.tree.map(lambda field: field[0], batch))
     else:
         gradient, metrics = jax.lax.scan(visit, jax.tree.map(jnp.zeros_like, parameters), batch)
     return gradient, {name: losses.reduce_metric(metric) for name, metric in metrics.items()}
