@@ -1,15 +1,16 @@
-"""Grading completions: our own comparison first, math-verify in a killable child for what that leaves undecided.
+"""Grading completions: our own comparison first, math-verify in a killable process for what that leaves undecided.
 
-A signal cannot interrupt a long C call and only reaches the main thread, so the child is killed from outside when it
-exceeds its wall time, and a warm spare takes its place. Children are fresh interpreters (never forks of a process
-that has jax and its threads loaded) and are started by one long-lived thread: Linux sends the parent-death signal
-when the thread that started a child ends, not when the process does.
+A signal cannot interrupt a long C call and only reaches the main thread; so each second opinion runs in a process of
+its own, forked from one that has math-verify loaded (see `second_opinion`), and is killed from outside when its time
+is over. That process is a fresh interpreter, never a fork of one with jax and its threads, and is started by a
+long-lived thread: Linux sends the parent-death signal when the thread that started a child ends.
 """
 
 import collections
 import dataclasses
 import json
 import os
+import queue
 import select
 import subprocess
 import sys
@@ -23,12 +24,19 @@ from smallmath_jax.verify.answers import Policy, compare, find_answer, gradable,
 from smallmath_jax.verify.policy import DEFAULT
 
 WALL_S = 1.5  # of one second opinion
-START_S = 60.0  # for a child to load; not counted against the pair that waits
+START_S = 60.0  # for the process to load; not counted against the pair that waits
+GRACE_S = 1.0  # beyond the wall time, before the process itself counts as lost
 MEMORY_MB = 2_048
 VERDICTS = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout")
 
 _SCRIPT = Path(__file__).with_name("second_opinion.py")
-_KEPT = ("PATH", "HOME", "LD_LIBRARY_PATH", "LANG", "TMPDIR")  # a child needs no other environment
+_KEPT = (
+    "PATH",
+    "HOME",
+    "LD_LIBRARY_PATH",
+    "LANG",
+    "TMPDIR",
+)  # the process needs no other environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Grader:
     """Grades from any thread. Use as a context manager, or call `close`.
 
     `workers` second opinions run at once. Counters: graded, one per verdict, fallback (second opinions asked),
-    restarts (children killed or lost) and missing (opinions not to be had, math-verify not being installed).
+    restarts (processes lost) and missing (opinions not to be had, math-verify not being installed).
     """
 
     def __init__(
@@ -63,9 +71,10 @@ class Grader:
         self._counts: collections.Counter[str] = collections.Counter()
         self._opinions: dict[tuple[str, str], str] = {}
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="grader-keeper")
-        self._seats = threading.Semaphore(workers)
-        self._idle: list[Future[_Child]] = [self._keeper.submit(self._start)]
         self._closed = False
+        self._idle: queue.Queue[Future[_Opinions]] = queue.Queue()
+        for _ in range(workers):
+            self._idle.put(self._keeper.submit(_Opinions, memory_mb))
 
     def __enter__(self) -> "Grader":
         return self
@@ -108,15 +117,13 @@ class Grader:
             }
 
     def close(self) -> None:
-        """Ends the children. Grading after this raises RuntimeError."""
+        """Ends the processes, once no opinion is being formed. Grading after this raises RuntimeError."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            idle, self._idle = self._idle, []
-        for future in idle:
-            if not future.cancel():
-                future.result().kill()
+        for _ in range(self.workers):
+            self._idle.get().result().kill()
         self._keeper.shutdown()
 
     def _judge(self, gold: str, answer: str, rule: str) -> Graded:
@@ -143,54 +150,36 @@ class Grader:
         key = (gold, answer)
         if key in self._opinions:
             return self._opinions[key]
-        with self._seats:
-            child = self._take()
-            try:
-                opinion = child.ask(gold, answer, self._wall_s)
-            except BaseException:
-                child.kill()  # it may still be writing an answer nobody will read
-                raise
-            self._give(child, opinion)
-        if opinion != "timeout":
-            with self._lock:
+        if self._closed:
+            raise RuntimeError("this Grader is closed; make a new one")
+        future = self._idle.get()
+        try:
+            opinion = future.result().ask(gold, answer, self._wall_s)
+        except BaseException:
+            future = self._replace(future)  # it may still send an answer nobody would read
+            raise
+        else:
+            if opinion == "lost":
+                future, opinion = self._replace(future), "timeout"
+        finally:
+            self._idle.put(future)
+        with self._lock:
+            self._counts["missing"] += opinion == "missing"
+            if opinion != "timeout":
                 if len(self._opinions) >= 20_000:
                     self._opinions.clear()
                 self._opinions[key] = opinion
         return opinion
 
-    def _take(self) -> "_Child":
-        """A child that is ready or about to be; makes sure another one is warm or warming."""
+    def _replace(self, future: "Future[_Opinions]") -> "Future[_Opinions]":
+        future.result().kill()
         with self._lock:
-            if self._closed:
-                raise RuntimeError("this Grader is closed; make a new one")
-            ready = [future for future in self._idle if future.done()]
-            future = ready[0] if ready else (self._idle[0] if self._idle else None)
-            if future is not None:
-                self._idle.remove(future)
-            if len(self._idle) < 1:
-                self._idle.append(self._keeper.submit(self._start))
-        return (future or self._keeper.submit(self._start)).result()
-
-    def _give(self, child: "_Child", opinion: str) -> None:
-        with self._lock:
-            if opinion == "missing":
-                self._counts["missing"] += 1
-            lost = opinion == "timeout"
-            self._counts["restarts"] += lost
-            keep = not lost and not self._closed and len(self._idle) < self.workers + 1
-            if keep:
-                done: Future[_Child] = Future()
-                done.set_result(child)
-                self._idle.insert(0, done)
-        if not keep:
-            child.kill()
-
-    def _start(self) -> "_Child":
-        return _Child(self._memory_mb)
+            self._counts["restarts"] += 1
+        return self._keeper.submit(_Opinions, self._memory_mb)
 
 
-class _Child:
-    """One math-verify process and the pipes to it."""
+class _Opinions:
+    """One process that forms second opinions, and the pipes to it."""
 
     def __init__(self, memory_mb: int) -> None:
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
@@ -209,20 +198,20 @@ class _Child:
             bufsize=0,
         )
         self._left = b""
-        self._state = ""  # ready | missing | timeout, once known
+        self._state = ""  # ready | missing, once known
 
     def ask(self, gold: str, answer: str, wall_s: float) -> str:
-        """One opinion; `timeout` when time ran out or the process is gone."""
+        """One opinion; `timeout` when its time ran out, `lost` when the process must be replaced."""
         if not self._state:
             self._state = self._line(START_S)
         if self._state != "ready":
             return self._state
-        request = json.dumps({"gold": gold, "answer": answer}) + "\n"
+        request = json.dumps({"gold": gold, "answer": answer, "wall_s": wall_s}) + "\n"
         try:
             self._process.stdin.write(request.encode())
         except BrokenPipeError:
-            return "timeout"
-        return self._line(wall_s)
+            return "lost"
+        return self._line(wall_s + GRACE_S)
 
     def _line(self, wall_s: float) -> str:
         end = time.monotonic() + wall_s
@@ -231,10 +220,10 @@ class _Child:
         while b"\n" not in self._left:
             remaining = end - time.monotonic()
             if remaining <= 0 or not poll.poll(remaining * 1000):
-                return "timeout"
+                return "lost"
             chunk = os.read(self._process.stdout.fileno(), 4096)
             if not chunk:
-                return "timeout"
+                return "lost"
             self._left += chunk
         line, _, self._left = self._left.partition(b"\n")
         return line.decode()
