@@ -5,7 +5,6 @@ time. What follows starts one above the largest position so far: the original se
 transformers 5.3 on lets text overlap a long video.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,6 +65,8 @@ def _grid_offsets(grid: np.ndarray, settings: ImageSettings, seconds: float) -> 
     times, height, width = int(grid[0]), int(grid[1]), int(grid[2])
     shape = (times, height // settings.merge, width // settings.merge)
     offsets = np.indices(shape).reshape(3, -1)
-    moved = [math.floor(time * settings.tokens_per_second * seconds) for time in range(times)]
-    offsets[0] = np.asarray(moved)[offsets[0]]
+    # fp32 and this order of products, as the original computes it: a floor may hang on the last bit
+    moved = np.arange(times, dtype=np.float32) * np.float32(seconds)
+    moved = np.floor(moved * np.float32(settings.tokens_per_second)).astype(np.int32)
+    offsets[0] = moved[offsets[0]]
     return offsets

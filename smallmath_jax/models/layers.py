@@ -22,13 +22,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., inputs] -> [..., outputs], in x's dtype."""
+        lead = x.shape[:-1]
+        # Two dimensions, because XLA on CPU materialises a slow transpose in the kernel's gradient of a 3-D product
+        x = x.reshape(-1, x.shape[-1])
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if self.lora_a is not None:
             low = x @ self.lora_a[...].astype(x.dtype)
             y = y + (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
-        return y
+        return y.reshape(*lead, -1)
 
 
 def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:

@@ -21,6 +21,14 @@ REMAT = {
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,  # every linear map's output
 }
 
+_UNROLLED = 4  # layers
+
+
+def unroll(layers: int) -> int:
+    """How far lax.scan is unrolled: wholly for toy models, where stacking residuals costs XLA on CPU half the time."""
+    return layers if layers <= _UNROLLED else 1
+
+
 Constrain = Callable[[jax.Array], jax.Array]
 # "k": a [B, kv_heads, head_dim, S] array a layer, "v": a [B, kv_heads, S, head_dim] array a layer. With the cache slots
 # last in one and before the width in the other both products of attention are plain ones: 4x an einsum's speed on CPU.
@@ -90,7 +98,7 @@ class Decoder(nnx.Module):
 
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-        hidden, _ = jax.lax.scan(body, constrain(hidden), self.layers)
+        hidden, _ = jax.lax.scan(body, constrain(hidden), self.layers, unroll=unroll(config.layers))
         return rms_norm(hidden, self.norm, config.rms_eps)
 
     def cached(

@@ -8,7 +8,7 @@ from smallmath_jax.models.attention import AttentionFn
 from smallmath_jax.models.config import VisionConfig
 from smallmath_jax.models.layers import INIT_STD, Linear, rms_norm, swiglu
 from smallmath_jax.models.rope import rotate, vision_angles
-from smallmath_jax.models.text import REMAT
+from smallmath_jax.models.text import REMAT, unroll
 
 _EPS = 1e-6  # fixed in the published code, not in config.json
 
@@ -91,5 +91,5 @@ class VisionTower(nnx.Module):
         if remat != "none":
             body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
         x = pixels @ self.patch_embed[...].astype(pixels.dtype)
-        x, _ = jax.lax.scan(body, x, (self.blocks, full))
+        x, _ = jax.lax.scan(body, x, (self.blocks, full), unroll=unroll(config.depth))
         return self.merger(x)
