@@ -1,0 +1,258 @@
+"""What surrounds the steps: metrics as immutable parts and TensorBoard events, the progress line, the stop signal."""
+
+import json
+import math
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from smallmath_jax.parallel import hosts
+from smallmath_jax.records import write_part
+
+LOG_FOLDERS = ("metrics", "completions")  # what holds parts named STEP-hostH.jsonl
+PART_STEPS = 50
+PART_SECONDS = 60.0
+
+
+class MetricWriter:
+    """One JSON object a step in `metrics/STEP-hostH.jsonl` (STEP: the part's last), and TensorBoard events of host 0.
+
+    A part is published after 50 steps, after a minute, and at `flush`, which must come before a checkpoint is saved:
+    then a kill can lose log lines only of steps that will be run again (law 6).
+    """
+
+    def __init__(self, workdir: str | epath.Path, host: int = 0):
+        self.workdir = epath.Path(workdir)
+        self.host = host
+        self._rows: list[dict[str, Any]] = []
+        self._published = time.monotonic()
+        self._events: Any = None
+        self._opened = False
+        self._purge_step: int | None = None
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """Keeps a step's record. Device scalars stay on the device until the part is published."""
+        self._rows.append({"step": step, **record})
+        late = time.monotonic() - self._published > PART_SECONDS
+        if late or len(self._rows) >= PART_STEPS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publishes what was written."""
+        rows, self._rows = self._rows, []
+        self._published = time.monotonic()
+        if not rows:
+            return
+        rows = [_plain(row) for row in jax.device_get(rows)]
+        write_part(self.workdir / "metrics", part_name(rows[-1]["step"], self.host), rows)
+        if self.host == 0:
+            self._write_events(rows)
+
+    def drop_after(self, step: int) -> None:
+        """Removes every log record later than `step`, before the first new one is written.
+
+        Each host drops its own parts; host 0 those of all, because a run may be continued on fewer hosts.
+        """
+        self._rows = []
+        for folder in LOG_FOLDERS:
+            for path in _parts(self.workdir / folder):
+                last, host = _part_numbers(path.name)
+                if last > step and (self.host == 0 or host == self.host):
+                    _trim(path, step, host)
+        self._purge_step = step + 1
+        hosts.barrier(f"logs dropped after step {step}")
+
+    def close(self) -> None:
+        """`flush`, and closes the event file."""
+        self.flush()
+        if self._events is not None:
+            self._events.close()
+
+    def _write_events(self, rows: list[dict[str, Any]]) -> None:
+        if not self._opened:
+            self._events = _open_events(self.workdir / "tensorboard", self._purge_step)
+            self._opened = True
+        if self._events is None:
+            return
+        for row in rows:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
+                    self._events.add_scalar(name, value, row["step"])
+        self._events.flush()
+
+
+def _open_events(folder: epath.Path, purge_step: int | None) -> Any:
+    """A new event file, or None where none can be written. TensorBoard hides `purge_step` and later of older files."""
+    from tensorboardX import SummaryWriter  # slow to import, and only one host needs it
+
+    try:
+        return SummaryWriter(str(folder), purge_step=purge_step)
+    except (ImportError, OSError) as error:  # gs:// needs google-cloud-storage beside tensorboardX
+        print(
+            f"no TensorBoard events in {folder}: {error}. All metrics are in metrics/*.jsonl",
+            file=sys.stderr,
+            flush=True,
+        )
+        return None
+
+
+def part_name(step: int, host: int) -> str:
+    """The name of the log part whose last record is of `step`."""
+    return f"{step:08d}-host{host}.jsonl"
+
+
+def _part_numbers(name: str) -> tuple[int, int]:
+    """(last step, host) of STEP-…-hostH.jsonl."""
+    step, host = name.split("-", 1)[0], name.rsplit("-host", 1)[-1].removesuffix(".jsonl")
+    if not (step.isdigit() and host.isdigit()):
+        raise ValueError(f"{name}: not a log part; their names are like {part_name(12, 0)}")
+    return int(step), int(host)
+
+
+def _parts(folder: epath.Path) -> list[epath.Path]:
+    if not folder.exists():
+        return []
+    return sorted(folder.glob("*-host*.jsonl"), key=lambda path: path.name)
+
+
+def _trim(path: epath.Path, step: int, host: int) -> None:
+    """Replaces a part by its records up to `step`. Killed in between, it gives the same when called again."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [row for row in rows if row.get("step", step + 1) <= step]
+    if kept:
+        write_part(path.parent, part_name(kept[-1]["step"], host), kept)
+    path.unlink(missing_ok=True)
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.item() if isinstance(value, np.ndarray | np.generic) else value
+        for name, value in record.items()
+    }
+
+
+class Progress:
+    """A progress bar with numbers, speed and time left; plain lines every ten seconds where there is no terminal.
+
+    Args:
+        total: steps of the whole run; initial: steps already done.
+        description: shown in front.
+        quiet: show nothing (every host but the first).
+        every_s: seconds between plain lines.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        description: str,
+        initial: int = 0,
+        quiet: bool = False,
+        every_s: float = 10.0,
+    ):
+        self.total, self.description, self.done = total, description, initial
+        self._quiet, self._every_s = quiet, every_s
+        self._initial, self._started = initial, time.monotonic()
+        self._shown = -math.inf
+        self._bar = None
+        if not quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=initial, desc=description, unit="step")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def advance(self, steps: int = 1, **numbers: float | str) -> None:
+        """Counts steps and shows the numbers, for example reward=0.5, accuracy=0.4, length=28."""
+        self.done += steps
+        text = " ".join(f"{name} {_number(value)}" for name, value in numbers.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(steps)
+            return
+        now = time.monotonic()
+        if self._quiet or (now - self._shown < self._every_s and self.done < self.total):
+            return
+        self._shown = now
+        left = (now - self._started) / (self.done - self._initial) * (self.total - self.done)
+        eta = time.strftime("%H:%M:%S", time.gmtime(left))
+        print(
+            f"{self.description} {self.done}/{self.total} {text} ETA {eta}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def say(self, text: str) -> None:
+        """Prints lines (sample completions) without tearing the bar."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _number(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+class StopSignal:
+    """While open, SIGTERM and SIGINT only set a flag: the loop finishes its step, saves and raises SystemExit.
+
+        with StopSignal() as stop:
+            for step in ...:
+                ...
+                if hosts.any_host(stop.requested):   # all hosts stop at the same step
+                    save(); sys.exit(stop.exit_code)
+
+    Exit codes are the shell's: 143 after SIGTERM, 130 after SIGINT. A second SIGINT interrupts at once. Main thread
+    only, as Python's signal handlers are.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def requested(self) -> bool:
+        """A signal has come."""
+        return self.received is not None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number; 0 when none came."""
+        return 0 if self.received is None else 128 + self.received
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        name = signal.Signals(number).name
+        print(
+            f"{name}: finishing this step, saving, then leaving; the same command continues",
+            file=sys.stderr,
+            flush=True,
+        )
