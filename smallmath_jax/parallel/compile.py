@@ -92,7 +92,9 @@ def compile_program(
     Raises whatever tracing raises, and compiler errors other than memory.
     """
     settings = {} if program.out_shardings is None else {"out_shardings": program.out_shardings}
-    function = jax.jit(program.function, donate_argnums=program.donate, **settings)
+    function = program.function
+    if not hasattr(function, "lower"):
+        function = jax.jit(function, donate_argnums=program.donate, **settings)
     started = time.monotonic()
     lowered = function.lower(*program.arguments, **program.static)
     common = {
@@ -133,10 +135,11 @@ def _too_large(
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text or "hbm" not in text.lower():
         raise error
-    used = re.search(r"Used ([\d.]+)([GM]) of", text)
+    used = re.search(r"\(([\d.]+)([MGT])\) exceeds|Used ([\d.]+)([MGT]) of", text)
     peak = float("inf")
     if used:
-        peak = float(used[1]) / (1 if used[2] == "G" else 1024)
+        number, unit = used[1] or used[3], used[2] or used[4]
+        peak = float(number) * {"M": 1 / 1024, "G": 1.0, "T": 1024.0}[unit]
     return Report(
         **common,
         arguments=arguments,
@@ -190,10 +193,22 @@ def load_config(text: str, changes: list[str]) -> Any:
         name, _, value = change.removeprefix("--config.").partition("=")
         if not change.startswith("--config.") or not value:
             raise ValueError(f"unexpected {change!r}; fields are changed by --config.FIELD=VALUE")
-        try:
-            config.update_from_flattened_dict({name: _literal(value)})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{change}: {error}") from error
+        config = _changed(config, name, _literal(value))
+    return config
+
+
+def _changed(config: Any, name: str, value: Any) -> Any:
+    """The config with one field replaced. Raises ValueError when it has no such field or it has another type."""
+    part = config
+    *parents, last = name.split(".")
+    try:
+        for parent in parents:
+            part = part[parent]
+        if last not in part:
+            raise KeyError(last)
+        part[last] = value
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"--config.{name}={value}: {error}; see the config's file") from error
     return config
 
 

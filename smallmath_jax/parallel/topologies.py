@@ -64,9 +64,9 @@ TOPOLOGIES = {
     row.name: row
     for row in (
         *_grid("v4", "v4", 30.75, _CUBES, 2),
-        *_grid("v5p", "v5", 95.0, _CUBES, 2),
+        *_grid("v5p", "v5", 95.73, _CUBES, 2),
         *_grid("v5e", "v5e", 15.75, _PLANES, 1),
-        *_grid("v6e", "v6e", 31.25, _PLANES, 1),
+        *_grid("v6e", "v6e", 31.24, _PLANES, 1),
     )
 }
 
