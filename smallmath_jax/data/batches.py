@@ -214,9 +214,12 @@ def _vision(
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of epoch `epoch` over n items: int64 [n], a pure function of its arguments."""
-    key = draw_key("epoch order", seed, epoch)
-    return np.random.Generator(np.random.Philox(key=int(key.view(np.uint64)[0]))).permutation(n)
+    """The order of epoch `epoch` over n items: int64 [n], a pure function of its arguments.
+
+    Philox' raw bits are the same in every numpy; Generator.permutation may change between releases (NEP 19).
+    """
+    key = int(draw_key("epoch order", seed, epoch).view(np.uint64)[0])
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
