@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/TASK.py[:MODE]")
@@ -71,6 +71,7 @@ def _field_names(config, prefix: str = "") -> set[str]:
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         sys.exit(f"unexpected words {arguments[1:]}: every setting is --config.field=value")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file it renames
     config = _CONFIG.value
     if config is None:
         sys.exit(

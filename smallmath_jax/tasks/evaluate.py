@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from smallmath_jax.data.problems import load_problems
 from smallmath_jax.data.tokens import decode
@@ -28,6 +27,7 @@ from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
+from smallmath_jax.train.loop import Progress
 from smallmath_jax.verify.grader import Grader
 
 PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
@@ -90,7 +90,7 @@ def evaluate(
     title = (
         f"evaluate {folder.name}" if prefix is None else f"evaluate {folder.name} after {prefix!r}"
     )
-    bar = tqdm(total=len(mine), desc=title, unit="problem", disable=not mine)
+    bar = Progress(len(mine), title, quiet=not mine or host != 0)
     correct = seen = 0
     started = time.perf_counter()
     tokens = 0
@@ -112,9 +112,8 @@ def evaluate(
                 else 0
             )
             write_part(folder / "completions", f"{step:08d}-{number:05d}-host{host}.jsonl", rows)
-            bar.update(len(chunk))
             rate = tokens / (time.perf_counter() - started)
-            bar.set_postfix_str(f"correct {correct / max(seen, 1):.1%} {rate:,.0f} tok/s")
+            bar.advance(len(chunk), correct=f"{correct / max(seen, 1):.1%}", **{"tok/s": rate})
     bar.close()
     hosts.barrier(f"evaluate {folder.name}")
     return _summary(folder, config, dropped)

@@ -24,13 +24,14 @@ from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, stage
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
 from smallmath_jax.tasks.rollouts import Clock, Request, engine_weights, make_engine, run_requests
 from smallmath_jax.train import advantages as adv
+from smallmath_jax.train.loop import StopSignal
 from smallmath_jax.verify import rewards
 from smallmath_jax.verify.grader import Grader
 
 
 def run(config: Any, workdir: str) -> None:
     """The whole recipe; each stage is skipped when its result is there, continued when it is half done."""
-    with runs.open_run(config, workdir) as this_run, stages.stop_signal() as stop:
+    with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
         mesh = make_mesh(config)
         problems = load_grpo_problems(config)  # bad input is found before any device time is spent
         tests = evaluate.load_evaluation_problems(config)
@@ -74,7 +75,7 @@ def improve(
     config: Any,
     workdir: Any,
     mesh: jax.sharding.Mesh,
-    stop: stages.StopSignal,
+    stop: StopSignal,
 ) -> Policy:
     """Adjusted GRPO for `config.grpo.steps` steps from the newest checkpoint, or from `policy`."""
     settings = config.grpo
@@ -83,12 +84,12 @@ def improve(
         runs.say(f"GRPO problems left out: {left_out}")
     trainer = make_grpo_trainer(policy, prompts, config, mesh)
     with (
-        stages.Progress(workdir, config, trainer, settings.steps, "grpo", stop) as progress,
+        stages.Stage(workdir, config, trainer, settings.steps, "grpo", stop) as stage,
         Grader() as grader,
     ):
         reference = jax.tree.map(lambda x: x + 0, policy.model) if settings.kl_beta else None
-        state = progress.restore_or_start()
-        for step in range(progress.first, settings.steps):
+        state = stage.restore_or_start()
+        for step in range(stage.first, settings.steps):
             clock = Clock()
             engine.set_weights(engine_weights(state.model, config), step)
             chosen = step_problems(len(problems), step, settings.prompts, config.seed)
@@ -107,12 +108,12 @@ def improve(
             state, metrics = update(trainer, state, batch, config, step, reference)
             clock.lap("train")
             record = grpo_metrics.step_metrics(batch, metrics, clock.seconds, engine.counters())
-            progress.log(step + 1, record, grpo_metrics.postfix)
+            stage.log(step + 1, record)
             local = [row for found in mine for row in found]
-            progress.keep_completions(step + 1, local)
+            stage.keep_completions(step + 1, local)
             if step % config.log.samples_every == 0:
-                grpo_metrics.log_samples(local, config.log.samples, progress.write)
-            progress.advance(step + 1, state)
+                grpo_metrics.log_samples(local, config.log.samples, stage.say)
+            stage.advance(step + 1, state, **grpo_metrics.shown(record))
         return dataclasses.replace(policy, model=state.model)
 
 

@@ -54,12 +54,14 @@ def mean_metrics(collected: list[dict[str, jax.Array]]) -> dict[str, float]:
     return combined
 
 
-def postfix(record: dict[str, float]) -> str:
+def shown(record: dict[str, float]) -> dict[str, float]:
     """The numbers people watch, behind the progress bar."""
-    return (
-        f"reward {record['reward']:.2f} accuracy {record['accuracy']:.1%} "
-        f"length {record['completions/mean_length']:.0f} {record['tokens_per_second']:,.0f} tok/s"
-    )
+    return {
+        "reward": record["reward"],
+        "accuracy": record["accuracy"],
+        "length": record["completions/mean_length"],
+        "tok/s": record["tokens_per_second"],
+    }
 
 
 def log_samples(rows: list[Completion], count: int, write: Callable[[str], None]) -> None:

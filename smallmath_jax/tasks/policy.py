@@ -12,7 +12,7 @@ from flax import nnx
 from smallmath_jax.data.images import ImageSettings
 from smallmath_jax.data.prompts import GRAMMARS, build_prompt
 from smallmath_jax.data.tokens import Tokens, load_tokens
-from smallmath_jax.models import lora, weights
+from smallmath_jax.models import folders, lora, weights
 from smallmath_jax.models.config import ModelConfig, tiny_config
 from smallmath_jax.models.qwen_vl import QwenVL
 from smallmath_jax.parallel import mesh as meshes
@@ -113,8 +113,8 @@ def _tiny_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
         video_token_id=tokens.video_id,
         vision_start_token_id=tokens.vision_start,
         vision_end_token_id=tokens.vision_end,
-        eos_token_ids=tokens.eos_ids,
-        pad_token_id=tokens.pad_id,
+        eos_ids=tokens.eos_ids,
+        pad_id=tokens.pad_id,
     )
     make = lambda: QwenVL(model_config, rngs=nnx.Rngs(config.seed))
     model = jax.jit(make, out_shardings=rules.shardings(jax.eval_shape(make), mesh))()
@@ -122,7 +122,7 @@ def _tiny_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
 
 
 def _folder_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
-    folder = weights.resolve_folder(config.model)
+    folder = folders.locate(config.model)
     model_config = weights.read_config(folder)
     tokens = load_tokens(folder, vocab_rows=model_config.text.vocab_size)
     model, model_config = weights.import_folder(

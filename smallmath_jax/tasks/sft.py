@@ -19,11 +19,12 @@ from smallmath_jax.report import pages
 from smallmath_jax.tasks import evaluate, export, runs, stages, training
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
 from smallmath_jax.tasks.rollouts import make_engine
+from smallmath_jax.train.loop import StopSignal
 
 
 def run(config: Any, workdir: str) -> None:
     """Fine-tunes, evaluates before and after as the config says, exports, reports."""
-    with runs.open_run(config, workdir) as this_run, stages.stop_signal() as stop:
+    with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
         mesh = make_mesh(config)
         tests = evaluate.load_evaluation_problems(config)
         policy = load_policy(config, mesh)
@@ -47,7 +48,7 @@ def fine_tune(
     config: Any,
     folder: epath.Path,
     mesh: jax.sharding.Mesh,
-    stop: stages.StopSignal,
+    stop: StopSignal,
 ) -> Policy:
     """The policy after `config.sft`, its metrics and checkpoints in `folder`; finished stages are only restored."""
     settings = config.sft
@@ -72,21 +73,19 @@ def fine_tune(
         total_updates=total,
         microbatches=math.ceil(settings.rows / settings.microbatch_rows),
     )
-    with stages.Progress(folder, config, trainer, total, "sft", stop) as progress:
-        state = progress.restore_or_start()
-        last = time.perf_counter()
-        for step in range(progress.first, total):
+    with stages.Stage(folder, config, trainer, total, "sft", stop) as stage:
+        state = stage.restore_or_start()
+        last, shown = time.perf_counter(), {}
+        for step in range(stage.first, total):
             rows = sft_rows(sequences.__getitem__, plan, config.seed, step)
             state, metrics = trainer.step_rows(state, rows)
             tokens = sum(len(sequence.token_ids) for row in rows for sequence in row)
             record = {**metrics, "num_tokens": tokens}
             if (step + 1) % config.log.every == 0 or step + 1 == total:
-                now = time.perf_counter()
-                record["step_time"] = (now - last) / config.log.every
-                record["tokens_per_second"] = tokens / record["step_time"]
-                last = now
-                progress.log(step + 1, record, _postfix)
-            progress.advance(step + 1, state)
+                shown = _shown(record, tokens, time.perf_counter() - last)
+            last = time.perf_counter()
+            stage.log(step + 1, record)
+            stage.advance(step + 1, state, **shown)
         return dataclasses.replace(policy, model=state.model)
 
 
@@ -136,7 +135,8 @@ def _announce(
     )
 
 
-def _postfix(record: dict[str, float]) -> str:
-    accuracy = record.get("mean_token_accuracy")
-    shown = f" token accuracy {accuracy:.1%}" if accuracy is not None else ""
-    return f"loss {record['loss']:.3f}{shown} {record['tokens_per_second']:,.0f} tok/s"
+def _shown(metrics: dict[str, Any], tokens: int, seconds: float) -> dict[str, float]:
+    """The bar's numbers; reading them waits for the device, so not at every step."""
+    names = {"loss": "loss", "accuracy": "mean_token_accuracy"}
+    shown = {label: float(metrics[name]) for label, name in names.items() if name in metrics}
+    return {**shown, "tok/s": tokens / seconds}

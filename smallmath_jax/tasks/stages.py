@@ -1,8 +1,7 @@
 """What every training stage does around its steps: resume, log, checkpoint, stop on SIGTERM; and staged evaluations."""
 
-import dataclasses
 import json
-from collections.abc import Callable
+import sys
 from typing import Any
 
 import jax
@@ -15,15 +14,103 @@ from smallmath_jax.tasks import evaluate, runs
 from smallmath_jax.tasks.policy import Policy
 from smallmath_jax.tasks.training import Trainer
 from smallmath_jax.train.checkpoint import Checkpoints
-from smallmath_jax.train.loop import MetricWriter, Progress, StopSignal
+from smallmath_jax.train.loop import MetricWriter, Progress, StopSignal, part_name
+
+
+class Stage:
+    """One training stage of a run, in `folder`: metrics/, completions/, checkpoints/, tensorboard/.
+
+    Killed at any moment and entered again it continues from its newest checkpoint: records later than that are
+    dropped before the first new one is written (law 6).
+    """
+
+    def __init__(
+        self, folder: Any, config: Any, trainer: Trainer, total: int, name: str, stop: StopSignal
+    ):
+        self.folder = epath.Path(folder)
+        self.first = 0
+        self._config, self._trainer, self._total = config, trainer, total
+        self._name, self._stop = name, stop
+        best = config.checkpoint.get("best", "") if name == "grpo" else ""
+        self._best = best
+        self._checkpoints = Checkpoints(
+            self.folder / "checkpoints", keep=config.checkpoint.keep, best_metric=best
+        )
+        self._writer = MetricWriter(self.folder, host=hosts.host_index())
+        self._bar: Progress | None = None
+        self._record: dict[str, Any] = {}
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._checkpoints.close()
+        self._writer.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def restore_or_start(self) -> Any:
+        """The stage's TrainState; `first` becomes the step to run next."""
+        trainer = self._trainer
+        like = jax.eval_shape(trainer.init_fn, trainer.policy.model)
+        found = self._checkpoints.restore(like, trainer.state_shardings)
+        if found is None:
+            state = trainer.init_fn(trainer.policy.model)
+        else:
+            state, cursor = found
+            self.first = int(cursor["step"])
+            if self.first < self._total:
+                runs.say(f"{self._name}: continuing after step {self.first}")
+        self._writer.drop_after(self.first)
+        if self.first < self._total:
+            quiet = hosts.host_index() != 0
+            self._bar = Progress(self._total, self._name, initial=self.first, quiet=quiet)
+        return state
+
+    def log(self, step: int, record: dict[str, Any]) -> None:
+        """Logs a step's record (device scalars are welcome)."""
+        self._record = record
+        self._writer.write(step, record)
+
+    def keep_completions(self, step: int, rows: list[Completion]) -> None:
+        """Publishes this host's completions of a step."""
+        write_part(self.folder / "completions", part_name(step, hosts.host_index()), rows)
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self._bar is not None:
+            self._bar.say(text)
+
+    def advance(self, done: int, state: Any, **shown: Any) -> None:
+        """Counts a step, saves when it is time, and leaves with exit code 143 after SIGTERM once all is saved."""
+        self._bar.advance(1, **shown)
+        leaving = hosts.any_host(self._stop.requested)
+        if leaving or done == self._total or done % self._config.checkpoint.every == 0:
+            self._writer.flush()
+            metrics = {self._best: self._record[self._best]} if self._best else None
+            self._checkpoints.save(done, state, metrics=metrics)
+        if leaving and done < self._total:
+            self._checkpoints.wait()
+            runs.say(
+                f"{self._name}: stopped after step {done}, everything is saved; the same command continues"
+            )
+            sys.exit(self._stop.exit_code)
 
 
 def evaluate_stage(
-    policy: Policy, engine: Engine, problems: list[Problem], config: Any, workdir: epath.Path, name: str
+    policy: Policy,
+    engine: Engine,
+    problems: list[Problem],
+    config: Any,
+    workdir: epath.Path,
+    name: str,
 ) -> dict[str, Any]:
     """The evaluation WORKDIR/eval/NAME, done once; again with `config.eval.forced_prefix` where that is set."""
     results = {}
-    for label, prefix in ((name, None), (f"{name}_forced", config.eval.get("forced_prefix") or None)):
+    for label, prefix in (
+        (name, None),
+        (f"{name}_forced", config.eval.get("forced_prefix") or None),
+    ):
         if label != name and prefix is None:
             continue
         folder = workdir / "eval" / label

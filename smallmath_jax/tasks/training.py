@@ -38,6 +38,7 @@ class Trainer:
     step_fn: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
     log_prob_fn: Callable[[QwenVL, Any], jax.Array]
     init_fn: Callable[[QwenVL], Any]
+    state_shardings: Any
 
     def step(self, state: Any, sequences: list[Sequence]) -> tuple[Any, dict[str, jax.Array]]:
         """One optimiser update on weighted sequences. Metrics stay on the device until someone reads them."""
@@ -145,6 +146,7 @@ def make_trainer(
         step_fn,
         jax.jit(score, out_shardings=rules.replicated(mesh)),
         jax.jit(make_state, out_shardings=state_shardings),
+        state_shardings,
     )
 
 
