@@ -146,26 +146,24 @@ def _joined(parts: list[Rows]) -> Rows:
 # Pieces
 
 
+_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+
+
 def last_boxed(text: str) -> str | None:
     """What the last complete \\boxed{...} (or \\fbox{...}) holds, braces matched; None when there is none."""
-    best = None
-    for found in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth, escaped = 1, False
-        for place in range(found.end(), len(text)):
-            character = text[place]
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character in "{}":
-                depth += 1 if character == "{" else -1
-            if depth == 0:
-                best = text[found.end() : place].strip()
-                break
-    if best is None:  # MATH has a few "\boxed 3"
-        bare = re.findall(r"\\boxed\s+([^\s$.]+)", text)
-        best = bare[-1] if bare else None
-    return best or None
+    opened: list[int] = []  # where the content of each open brace starts; -1: not a box
+    best = (-1, -1)
+    for found in _BRACES.finditer(text):
+        mark = found.group()
+        if mark == "}":
+            start = opened.pop() if opened else -1
+            best = max(best, (start, found.start())) if start >= 0 else best
+        elif mark.endswith("{") and mark != "\\{":
+            opened.append(found.end() if len(mark) > 1 else -1)
+    if best[0] >= 0:
+        return text[best[0] : best[1]].strip() or None
+    bare = re.findall(r"\\boxed\s+([^\s$.]+)", text)  # MATH has a few "\\boxed 3"
+    return bare[-1] if bare else None
 
 
 def split_thinking(text: str) -> tuple[str, str] | None:
