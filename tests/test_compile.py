@@ -30,7 +30,7 @@ def small_programs(config, mesh, machine):
     """What --programs names in the tests below: one program that fits, one that does not, by config."""
     rows = config.rows
     x = matrix(mesh, rows, 2**20)
-    return [Program("double", lambda x: x * 2, (x,), resident={"a cache": 1.5})]
+    return [Program("double", mesh, lambda x: x * 2, (x,), resident={"a cache": 1.5})]
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_an_absent_machine_gets_the_tpu_mesh():
 def test_a_report_counts_what_a_chip_holds():
     machine, mesh = machine_and_mesh("v5e-4")
     x, y = matrix(mesh, 4096, 8192), matrix(mesh, 4096, 8192)
-    program = Program("add", lambda x, y: x + y, (x, y), donate=(0,), resident={"copy": 2.0})
-    report = compile_program(program, machine, mesh)
+    program = Program("add", mesh, lambda x, y: x + y, (x, y), donate=(0,), resident={"copy": 2.0})
+    report = compile_program(program, machine)
     each = 4096 * 8192 * 2 / 4 / GIB
     assert report.arguments == pytest.approx(2 * each, rel=1e-3)
     assert report.outputs == pytest.approx(each, rel=1e-3)
@@ -77,8 +77,10 @@ def test_a_report_counts_what_a_chip_holds():
 
 def test_resident_memory_counts_against_the_chip():
     machine, mesh = machine_and_mesh("v5e-4")
-    program = Program("one", lambda x: x + 1, (matrix(mesh, 64, 128),), resident={"all": 15.8})
-    assert not compile_program(program, machine, mesh).fits
+    program = Program(
+        "one", mesh, lambda x: x + 1, (matrix(mesh, 64, 128),), resident={"all": 15.8}
+    )
+    assert not compile_program(program, machine).fits
 
 
 @pytest.mark.parametrize("name", ["v5e-1", "v4-8"])
@@ -86,10 +88,10 @@ def test_the_usable_memory_is_the_compilers(name):
     machine, mesh = machine_and_mesh(name)
     rows = lambda gib: int(gib * GIB / 2 / 2**20) // 16 * 16 * mesh.size
     fill = lambda gib: Program(
-        "fill", lambda x: x * 2, (matrix(mesh, rows(gib), 2**20),), donate=(0,)
+        "fill", mesh, lambda x: x * 2, (matrix(mesh, rows(gib), 2**20),), donate=(0,)
     )
-    assert compile_program(fill(machine.hbm_gib - 0.1), machine, mesh).fits
-    report = compile_program(fill(machine.hbm_gib + 0.3), machine, mesh)
+    assert compile_program(fill(machine.hbm_gib - 0.1), machine).fits
+    report = compile_program(fill(machine.hbm_gib + 0.3), machine)
     assert not report.fits
     assert report.peak == pytest.approx(machine.hbm_gib + 0.3, abs=0.1)
     assert "exceeds available HBM" in report.error
@@ -99,7 +101,7 @@ def test_the_usable_memory_is_the_compilers(name):
 def test_an_error_that_is_not_memory_is_raised():
     machine, mesh = machine_and_mesh("v5e-1")
     with pytest.raises(TypeError):
-        compile_program(Program("bad", lambda x: x + "a", (matrix(mesh, 8, 8),)), machine, mesh)
+        compile_program(Program("bad", mesh, lambda x: x + "a", (matrix(mesh, 8, 8),)), machine)
 
 
 def write_config(folder, rows):

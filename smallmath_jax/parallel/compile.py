@@ -39,14 +39,15 @@ class Program:
     """One compiled unit of a run: a function, and abstract arguments that carry their shardings."""
 
     name: str
-    function: Callable[..., Any]
+    mesh: Mesh  # of the machine's compile-only devices: all chips, or one host's
+    function: Callable[
+        ..., Any
+    ]  # plain or jitted; a jitted one keeps its own donation and shardings
     arguments: tuple[Any, ...]  # trees of jax.ShapeDtypeStruct with a sharding
     donate: tuple[int, ...] = ()
     out_shardings: Any = None  # None: the compiler's choice
+    # GiB a chip that other things hold while this runs, by name (a rollout copy, a KV cache)
     resident: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    # GiB a chip that other things hold while this runs (a rollout copy, a KV cache)
-    chips: str = "all"  # all | host: the chips it runs on, for the table
-    static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +86,9 @@ def gib_per_chip(tree: Any) -> float:
 
 
 def compile_program(
-    program: Program, machine: Topology, mesh: Mesh, options: Mapping[str, str] | None = None
+    program: Program, machine: Topology, options: Mapping[str, str] | None = None
 ) -> Report:
-    """Compiles for the mesh's (absent) devices. A program too large gives a Report with fits=False.
+    """Compiles for the program's (absent) devices. A program too large gives a Report with fits=False.
 
     Raises whatever tracing raises, and compiler errors other than memory.
     """
@@ -96,11 +97,11 @@ def compile_program(
     if not hasattr(function, "lower"):
         function = jax.jit(function, donate_argnums=program.donate, **settings)
     started = time.monotonic()
-    lowered = function.lower(*program.arguments, **program.static)
+    lowered = function.lower(*program.arguments)
     common = {
         "program": program.name,
         "topology": machine.name,
-        "mesh": "x".join(str(size) for size in mesh.shape.values()),
+        "mesh": "x".join(str(size) for size in program.mesh.shape.values()),
         "resident": sum(program.resident.values()),
         "hbm": machine.hbm_gib,
     }
@@ -157,7 +158,7 @@ def _too_large(
 def table(reports: list[Report]) -> str:
     """The reports as a Markdown table, GiB a chip."""
     lines = [
-        "| program | machine | mesh (data x fsdp x model) | arguments | temporaries | peak | resident beside it "
+        "| program | machine | data x fsdp x model | arguments | temporaries | peak | resident beside it "
         "| total | usable | fits | compile s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -243,7 +244,7 @@ def main(words: list[str] | None = None) -> int:
     for program in programs:
         if re.search(arguments.only, program.name):
             options = None if arguments.window else NO_WINDOW
-            reports.append(compile_program(program, machine, mesh, options))
+            reports.append(compile_program(program, machine, options))
             print(f"compiled {program.name} in {reports[-1].compile_s:.0f} s", file=sys.stderr)
             if reports[-1].error:
                 print(reports[-1].error, file=sys.stderr)
