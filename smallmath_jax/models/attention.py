@@ -71,3 +71,77 @@ def masked_attention(
     out = jnp.matmul(weights, v.transpose(0, 2, 1, 3))
     out = out.reshape(batch, kv_heads, group, length, width).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, width)
+
+
+def blocked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    block: int = 256,
+) -> jax.Array:
+    """The numbers of einsum_attention in blocks of queries: logits take [B, H, block, T], in the backward pass too.
+
+    The portable fallback where no kernel serves: same arithmetic, each block recomputed for its gradient.
+    """
+    batch, length, heads, width = q.shape
+    count = -(-length // block)
+    padding = count * block - length
+    slots = jnp.arange(length)
+    blocks = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    blocks = blocks.reshape(batch, count, block, heads, width).swapaxes(0, 1)
+    segments = jnp.pad(segment_ids, ((0, 0), (0, padding)))
+    segments = segments.reshape(batch, count, block).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def attend(inputs: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        queries, query_segments, number = inputs
+        query_slots = number * block + jnp.arange(block)
+        mask = visible(query_segments, query_slots, segment_ids, slots, causal, window)
+        return masked_attention(queries, k, v, mask, scale)
+
+    out = jax.lax.map(attend, (blocks, segments, jnp.arange(count)))
+    return out.swapaxes(0, 1).reshape(batch, count * block, heads, width)[:, :length]
+
+
+def local_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    scale: float,
+    reach: int,
+) -> jax.Array:
+    """einsum_attention(causal=False) where every segment is one run of at most `reach` tokens.
+
+    A block of `reach` queries then needs only its own and the two neighbouring blocks of keys, so the cost is
+    3 * reach * T instead of T * T: the vision tower's windows.
+    """
+    batch, length, heads, width = q.shape
+    count = -(-length // reach)
+    padding = ((0, 0), (0, count * reach - length))
+    cut = lambda x: jnp.pad(x, padding + ((0, 0),) * (x.ndim - 2)).reshape(
+        batch, count, reach, *x.shape[2:]
+    )
+
+    def neighbours(x: jax.Array) -> jax.Array:
+        blocks = jnp.pad(cut(x), ((0, 0), (1, 1)) + ((0, 0),) * (x.ndim - 1))
+        near = jnp.concatenate([blocks[:, :-2], blocks[:, 1:-1], blocks[:, 2:]], axis=2)
+        return near.reshape(batch * count, 3 * reach, *x.shape[2:])
+
+    fold = lambda x: cut(x).reshape(batch * count, reach, *x.shape[2:])
+    mask = visible(
+        fold(segment_ids),
+        jnp.arange(reach),
+        neighbours(segment_ids),
+        jnp.arange(3 * reach),
+        causal=False,
+        window=None,
+    )
+    out = masked_attention(fold(q), neighbours(k), neighbours(v), mask, scale)
+    return out.reshape(batch, count * reach, heads, width)[:, :length]

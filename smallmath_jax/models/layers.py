@@ -16,8 +16,9 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
-        self.lora_a = None  # [inputs, rank]
-        self.lora_b = None  # [rank, outputs]
+        # nnx.data: Flax otherwise fixes at this None that the attribute never holds parameters
+        self.lora_a = nnx.data(None)  # [inputs, rank]
+        self.lora_b = nnx.data(None)  # [rank, outputs]
         self.lora_scale = 1.0  # alpha / rank
 
     def __call__(self, x: jax.Array) -> jax.Array:

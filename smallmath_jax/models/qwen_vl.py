@@ -19,7 +19,7 @@ class QwenVL(nnx.Module):
         self.config = config
         self.text = Decoder(config.text, rngs)
         self.vision = VisionTower(config.vision, rngs) if config.vision is not None else None
-        self.value_head = None
+        self.value_head = nnx.data(None)  # a Linear [D, 1] where value_head.add_value_head put one
 
 
 def abstract_model(config: ModelConfig) -> QwenVL:
