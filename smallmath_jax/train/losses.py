@@ -92,9 +92,8 @@ def score_tokens(
         outputs = _head_scores(chunk, head, banned, *fields)
     else:
         # Scored positions go to the front of their row (rows stay where they are sharded), so whole chunks are skipped.
-        order = jnp.argsort(~scored, axis=1, stable=True)
+        home, order = _front(scored)
         fields = (_rows(field, order) for field in fields)
-        home = jnp.argsort(order, axis=1)
         outputs = (_rows(field, home) for field in _head_scores(chunk, head, banned, *fields))
     log_probs, entropy, hit = (
         jnp.roll(jnp.where(scored, field, 0), 1, axis=1) for field in outputs
@@ -120,6 +119,16 @@ def token_log_probs(
 def banned_rows(banned_ids: Any, vocab_size: int) -> Array:
     """bool [V] from token ids; ids beyond the vocabulary are ignored."""
     return jnp.zeros(vocab_size, bool).at[jnp.asarray(banned_ids, jnp.int32)].set(True, mode="drop")
+
+
+def _front(scored: Array) -> tuple[Array, Array]:
+    """The permutation of each row that moves scored positions to the front: where each goes, what each place gets."""
+    counted = scored.astype(jnp.int32)
+    left = counted.cumsum(axis=1)
+    home = jnp.where(scored, left - 1, left[:, -1:] + (1 - counted).cumsum(axis=1) - 1)
+    rows, places = jnp.indices(scored.shape)
+    order = jnp.zeros_like(places).at[rows, home].set(places, unique_indices=True)
+    return home, order
 
 
 def _rows(field: Array, order: Array) -> Array:
