@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from smallmath_jax.models.layers import wide
+
 AttentionFn = Callable[..., jax.Array]
 
 MASKED = -1e30  # finite, so a fully masked row is uniform and not NaN
@@ -63,7 +65,7 @@ def masked_attention(
     group = heads // kv_heads
     q = q.reshape(batch, length, kv_heads, group, width).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, kv_heads, group * length, width)
-    logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32) * scale
+    logits = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=wide(q.dtype)) * scale
     logits = logits.reshape(batch, kv_heads, group, length, -1)
     logits = jnp.where(mask[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -35,11 +35,16 @@ class Linear(nnx.Module):
         return y.reshape(*lead, -1)
 
 
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """What norms and softmax are computed in: fp32, or the dtype itself where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
     """Normalises [..., D] in fp32, casts back, THEN multiplies by the weight: the published order, seen in bf16."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * weight[...].astype(x.dtype)
+    y = x.astype(wide(x.dtype))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight[...].astype(x.dtype)
 
 
 def swiglu(block: nnx.Module, x: jax.Array) -> jax.Array:

@@ -1,14 +1,14 @@
 """The value head of a process preference model: dropout, then one linear map of a final hidden state.
 
 Hugging Face has no class for it, so it is exported beside the model, never inside its shards. The rStar-Math paper puts
-a tanh after it; its code trains on the raw value and squashes at inference only.
+a tanh after it, in the loss too; its code trains on the raw value and scores with tanh(raw / 5).
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smallmath_jax.models.layers import Linear
+from smallmath_jax.models.layers import Linear, wide
 from smallmath_jax.models.qwen_vl import QwenVL
 
 
@@ -31,9 +31,9 @@ def values(
     *,
     dropout: float = 0.0,
     key: jax.Array | None = None,
-    squash: bool = False,
+    squash: float | None = None,
 ) -> jax.Array:
-    """Value of each final hidden state [..., D]: fp32 [...]; within (-1, 1) when `squash` puts a tanh after.
+    """Value of each final hidden state [..., D]: fp32 [...]; tanh(value / squash) when `squash` is given.
 
     Dropout needs its key. Raises ValueError without one, or when the model has no value head.
     """
@@ -41,7 +41,7 @@ def values(
         raise ValueError(
             "the model has no value head; add one with models.value_head.add_value_head"
         )
-    hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    hidden = hidden.astype(wide(hidden.dtype))
     if dropout:
         if key is None:
             raise ValueError(
@@ -50,4 +50,4 @@ def values(
         keep = jax.random.bernoulli(key, 1 - dropout, hidden.shape)
         hidden = jnp.where(keep, hidden / (1 - dropout), 0)
     raw = model.value_head(hidden)[..., 0]
-    return jnp.tanh(raw) if squash else raw
+    return raw if squash is None else jnp.tanh(raw / squash)

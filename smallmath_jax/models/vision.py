@@ -1,12 +1,14 @@
 """The vision tower of Qwen2.5-VL: window attention, full attention in some blocks, merger of 2 x 2 patches."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smallmath_jax.models.attention import AttentionFn
+from smallmath_jax.models.attention import AttentionFn, local_attention
 from smallmath_jax.models.config import VisionConfig
-from smallmath_jax.models.layers import INIT_STD, Linear, rms_norm, swiglu
+from smallmath_jax.models.layers import INIT_STD, Linear, rms_norm, swiglu, wide
 from smallmath_jax.models.rope import rotate, vision_angles
 from smallmath_jax.models.text import REMAT, unroll
 
@@ -69,22 +71,14 @@ class VisionTower(nnx.Module):
         angles = vision_angles(rotary, head_dim)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         full = jnp.isin(jnp.arange(config.depth), jnp.array(config.full_attention_blocks))
+        attend = _attention(config, window_segments, frame_segments, attention)
 
         def body(x: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             block, is_full = inputs
             y = rms_norm(x, block.norm1, _EPS)
             split = lambda z: z.reshape(*z.shape[:2], config.heads, head_dim)
-            turn = lambda z: rotate(split(z).astype(jnp.float32), cos, sin).astype(x.dtype)
-            segments = jnp.where(is_full, frame_segments, window_segments)
-            out = attention(
-                turn(block.q(y)),
-                turn(block.k(y)),
-                split(block.v(y)),
-                segments,
-                scale=head_dim**-0.5,
-                causal=False,
-                window=None,
-            )
+            turn = lambda z: rotate(split(z).astype(wide(x.dtype)), cos, sin).astype(x.dtype)
+            out = attend(turn(block.q(y)), turn(block.k(y)), split(block.v(y)), is_full)
             x = x + block.proj(out.reshape(x.shape))
             return x + swiglu(block, rms_norm(x, block.norm2, _EPS)), None
 
@@ -93,3 +87,32 @@ class VisionTower(nnx.Module):
         x = pixels @ self.patch_embed[...].astype(pixels.dtype)
         x, _ = jax.lax.scan(body, x, (self.blocks, full), unroll=unroll(config.depth))
         return self.merger(x)
+
+
+def _attention(
+    config: VisionConfig,
+    window_segments: jax.Array,
+    frame_segments: jax.Array,
+    attention: AttentionFn,
+) -> Callable[..., jax.Array]:
+    """(q, k, v [B, P, H, Hd], is_full) -> [B, P, H, Hd]: within frames where is_full, else within windows."""
+    settings = {"scale": (config.hidden // config.heads) ** -0.5}
+    reach = (config.window // config.patch) ** 2  # patches of a whole window, a run in window order
+    everywhere = {**settings, "causal": False, "window": None}
+
+    def masked(q, k, v, is_full):  # few patches: a window's neighbours are the whole row anyway
+        return attention(q, k, v, jnp.where(is_full, frame_segments, window_segments), **everywhere)
+
+    # The gradient of a cond keeps what either branch would: recompute instead, or windows pay for full attention
+    @jax.checkpoint
+    def within_frames(q, k, v):
+        return attention(q, k, v, frame_segments, **everywhere)
+
+    @jax.checkpoint
+    def within_windows(q, k, v):
+        return local_attention(q, k, v, window_segments, reach=reach, **settings)
+
+    def chosen(q, k, v, is_full):
+        return jax.lax.cond(is_full, within_frames, within_windows, q, k, v)
+
+    return masked if window_segments.shape[1] <= 4 * reach else chosen
