@@ -125,8 +125,7 @@ def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[s
         raise ValueError(
             f"{folder}: no problem could be evaluated; left out: {dropped or 'nothing'}"
         )
-    headline = "sampled" if config.eval.samples and not config.eval.headline_greedy else "greedy"
-    result = metrics.summarise(rows, headline=headline, k=tuple(config.eval.k))
+    result = metrics.summarise(rows, headline=config.eval.headline, k=tuple(config.eval.k))
     result["left_out"] = dropped
     if hosts.host_index() == 0:
         write_text(folder / "result.json", to_json(result))

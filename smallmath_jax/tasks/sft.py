@@ -75,15 +75,18 @@ def fine_tune(
     )
     with stages.Stage(folder, config, trainer, total, "sft", stop) as stage:
         state = stage.restore_or_start()
-        last, shown = time.perf_counter(), {}
+        seen, since, shown = 0, time.perf_counter(), {}
         for step in range(stage.first, total):
             rows = sft_rows(sequences.__getitem__, plan, config.seed, step)
             state, metrics = trainer.step_rows(state, rows)
             tokens = sum(len(sequence.token_ids) for row in rows for sequence in row)
+            seen += tokens
             record = {**metrics, "num_tokens": tokens}
             if (step + 1) % config.log.every == 0 or step + 1 == total:
-                shown = _shown(record, tokens, time.perf_counter() - last)
-            last = time.perf_counter()
+                shown = _shown(metrics)  # waits for the device, so that the clock tells the truth
+                record["tokens_per_second"] = seen / (time.perf_counter() - since)
+                shown["tok/s"] = record["tokens_per_second"]
+                seen, since = 0, time.perf_counter()
             stage.log(step + 1, record)
             stage.advance(step + 1, state, **shown)
         return dataclasses.replace(policy, model=state.model)
@@ -135,8 +138,7 @@ def _announce(
     )
 
 
-def _shown(metrics: dict[str, Any], tokens: int, seconds: float) -> dict[str, float]:
-    """The bar's numbers; reading them waits for the device, so not at every step."""
+def _shown(metrics: dict[str, Any]) -> dict[str, float]:
+    """The bar's numbers."""
     names = {"loss": "loss", "accuracy": "mean_token_accuracy"}
-    shown = {label: float(metrics[name]) for label, name in names.items() if name in metrics}
-    return {**shown, "tok/s": tokens / seconds}
+    return {label: float(metrics[name]) for label, name in names.items() if name in metrics}
