@@ -159,6 +159,14 @@ def test_pictures_of_packed_sequences_keep_their_order():
     assert zero[:, 30:].max() == -1
 
 
+def test_nothing_predicts_the_first_token_of_a_segment():
+    whole = Sequence(
+        np.arange(1, 4, dtype=np.int32), np.zeros((3, 3), np.int32), np.ones(3, np.float32)
+    )
+    batch = collate([[whole, whole]], 8, 0, SETTINGS, IMAGE_ID, VIDEO_ID)
+    assert batch["weights"].tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
+
+
 def test_collation_errors():
     source = np.random.default_rng(3)
     picture = sequence(source, image_prompt(source), 4)

@@ -320,28 +320,44 @@ def test_folders_that_are_none(tmp_path):
         load_tokens(tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:builtin type (SwigPy|swig)")  # sentencepiece's binding
-def test_a_folder_with_only_a_sentencepiece_model(tmp_path):
+def train_sentencepiece(folder, **options):
     import sentencepiece
 
+    folder.mkdir()
     lines = [
         f"Find {i} + {i * 7 % 31}. Let's think: the answer is {i * 8 % 97}" for i in range(300)
     ]
-    (tmp_path / "corpus.txt").write_text("\n".join(lines))
-    folder = tmp_path / "model"
-    folder.mkdir()
+    (folder / "corpus.txt").write_text("\n".join(lines))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "corpus.txt"),
+        input=str(folder / "corpus.txt"),
         model_prefix=str(folder / "tokenizer"),
         vocab_size=340,
         model_type="bpe",
         byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         user_defined_symbols=["<|user|>", "<|assistant|>", "<|end|>", "<|system|>"],
         minloglevel=2,
+        **options,
     )
     (folder / "tokenizer.vocab").unlink()
+    (folder / "corpus.txt").unlink()
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:builtin type (SwigPy|swig)")  # sentencepiece's binding
+def test_a_sentencepiece_model_that_would_be_read_differently_is_refused(tmp_path):
+    folder = train_sentencepiece(
+        tmp_path / "model"
+    )  # its own normalisation folds spaces and newlines
+    with pytest.raises(ValueError, match="tokenizer.model: transformers reads this .* differently"):
+        load_tokens(folder)
+
+
+@pytest.mark.filterwarnings("ignore:builtin type (SwigPy|swig)")
+def test_a_folder_with_only_a_sentencepiece_model(tmp_path):
+    import sentencepiece
+
+    raw = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    folder = train_sentencepiece(tmp_path / "model", **raw)  # as Llama's and Phi-3's
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     tokens = load_tokens(folder, vocab_rows=384)
     assert tokens.chat == CHATS["phi3"] and tokens.image_id == -1

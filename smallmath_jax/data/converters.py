@@ -162,7 +162,7 @@ def last_boxed(text: str) -> str | None:
             opened.append(found.end() if len(mark) > 1 else -1)
     if best[0] >= 0:
         return text[best[0] : best[1]].strip() or None
-    bare = re.findall(r"\\boxed\s+([^\s$.]+)", text)  # MATH has a few "\\boxed 3"
+    bare = re.findall(r"\\boxed\s+([^\s$.]+)", text)  # MATH has a few "\boxed 3"
     return bare[-1] if bare else None
 
 
