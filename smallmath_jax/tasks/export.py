@@ -8,7 +8,7 @@ from etils import epath
 from smallmath_jax.models import lora, weights
 from smallmath_jax.parallel import hosts
 from smallmath_jax.tasks import runs
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, restore_model
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, restore_run
 
 
 def run(config: Any, workdir: str) -> None:
@@ -19,7 +19,7 @@ def run(config: Any, workdir: str) -> None:
         mesh = make_mesh(config)
         policy = load_policy(config, mesh)
         if config.step >= 0:
-            model = restore_model(config.init_from, policy.model, mesh, config.step)
+            model = restore_run(config.init_from, policy.model, mesh, config.step)
             policy = Policy(policy.config, policy.tokens, policy.images, model, policy.source)
         out = epath.Path(config.out or epath.Path(workdir) / "export")
         export_policy(policy, out, config.dtype, config.max_shard_bytes)

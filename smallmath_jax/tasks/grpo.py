@@ -21,7 +21,7 @@ from smallmath_jax.records import Completion, Problem, Prompt, draw_key
 from smallmath_jax.report import pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, stages, training
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, restore_model
 from smallmath_jax.tasks.rollouts import Clock, Request, engine_weights, make_engine, run_requests
 from smallmath_jax.train import advantages as adv
 from smallmath_jax.train.loop import StopSignal
@@ -79,6 +79,10 @@ def improve(
 ) -> Policy:
     """Adjusted GRPO for `config.grpo.steps` steps from the newest checkpoint, or from `policy`."""
     settings = config.grpo
+    if stages.is_done(workdir):
+        return dataclasses.replace(
+            policy, model=restore_model(workdir / "checkpoints", policy.model, mesh)
+        )
     problems, prompts, left_out = prompts_for(problems, policy, config)
     if left_out:
         runs.say(f"GRPO problems left out: {left_out}")

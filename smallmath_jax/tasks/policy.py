@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 from etils import epath
 from flax import nnx
 
@@ -45,19 +46,23 @@ def load_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
 
     Raises ValueError or FileNotFoundError saying what is missing, before any training.
     """
-    if config.init_from and config.model == "tiny":
-        config.model = run_config(config.init_from).get("model", "tiny")
-    if config.model == "tiny":
-        policy = _tiny_policy(config, mesh)
-    else:
-        policy = _folder_policy(config, mesh)
-    if config.lora.rank:
-        policy = dataclasses.replace(policy, model=add_lora(policy.model, config, mesh))
+    source = base_model(config.init_from) if config.init_from else config.model
+    policy = (
+        _tiny_policy(config, mesh) if source == "tiny" else _folder_policy(source, config, mesh)
+    )
     if config.init_from:
         policy = dataclasses.replace(
-            policy, model=restore_model(config.init_from, policy.model, mesh)
+            policy, model=restore_run(config.init_from, policy.model, mesh)
         )
+    if config.lora.rank:
+        policy = dataclasses.replace(policy, model=add_lora(policy.model, config, mesh))
     return policy
+
+
+def base_model(workdir: str) -> str:
+    """The folder (or "tiny") that a run's weights first came from: its tokenizer and shapes hold for the run."""
+    config = run_config(workdir)
+    return base_model(config["init_from"]) if config["init_from"] else config["model"]
 
 
 def run_config(workdir: str) -> dict[str, Any]:
@@ -71,9 +76,18 @@ def run_config(workdir: str) -> dict[str, Any]:
     return json.loads(path.read_text())["config"]
 
 
-def restore_model(workdir: str, model: QwenVL, mesh: jax.sharding.Mesh, step: int = -1) -> QwenVL:
-    """The model of a run's newest (or given) checkpoint, on this run's devices."""
-    folder = newest_checkpoints(workdir)
+def restore_run(workdir: str, model: QwenVL, mesh: jax.sharding.Mesh, step: int = -1) -> QwenVL:
+    """The model of a run's newest (or given) checkpoint, on this run's devices, its LoRA merged."""
+    settings = ml_collections.ConfigDict(run_config(workdir))
+    if settings.lora.rank:
+        model = add_lora(model, settings, mesh)
+    return lora.merge_lora(restore_model(newest_checkpoints(workdir), model, mesh, step))
+
+
+def restore_model(
+    folder: epath.Path, model: QwenVL, mesh: jax.sharding.Mesh, step: int = -1
+) -> QwenVL:
+    """The model of a checkpoints folder, as `model` is shaped."""
     with Checkpoints(folder) as checkpoints:
         return checkpoints.restore_model(
             like=model, shardings=rules.shardings(model, mesh), step=step
@@ -121,8 +135,8 @@ def _tiny_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
     return Policy(model_config, tokens, _image_settings(config, model_config), model, None)
 
 
-def _folder_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
-    folder = folders.locate(config.model)
+def _folder_policy(source: str, config: Any, mesh: jax.sharding.Mesh) -> Policy:
+    folder = folders.locate(source)
     model_config = weights.read_config(folder)
     tokens = load_tokens(folder, vocab_rows=model_config.text.vocab_size)
     model, model_config = weights.import_folder(

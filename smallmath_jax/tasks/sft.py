@@ -17,7 +17,7 @@ from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.records import Problem, draw_key
 from smallmath_jax.report import pages
 from smallmath_jax.tasks import evaluate, export, runs, stages, training
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, restore_model
 from smallmath_jax.tasks.rollouts import make_engine
 from smallmath_jax.train.loop import StopSignal
 
@@ -52,6 +52,10 @@ def fine_tune(
 ) -> Policy:
     """The policy after `config.sft`, its metrics and checkpoints in `folder`; finished stages are only restored."""
     settings = config.sft
+    if stages.is_done(folder):
+        return dataclasses.replace(
+            policy, model=restore_model(folder / "checkpoints", policy.model, mesh)
+        )
     sequences, left_out = load_sequences(policy, config)
     plan = plan_rows(
         [len(sequence.token_ids) for sequence in sequences],

@@ -8,13 +8,18 @@ import jax
 from etils import epath
 
 from smallmath_jax.parallel import hosts
-from smallmath_jax.records import Completion, Problem, write_part
+from smallmath_jax.records import Completion, Problem, write_part, write_text
 from smallmath_jax.rollout.engine import Engine
 from smallmath_jax.tasks import evaluate, runs
 from smallmath_jax.tasks.policy import Policy
 from smallmath_jax.tasks.training import Trainer
 from smallmath_jax.train.checkpoint import Checkpoints
 from smallmath_jax.train.loop import MetricWriter, Progress, StopSignal, part_name
+
+
+def is_done(folder: epath.Path) -> bool:
+    """Whether the stage in `folder` has run to its end."""
+    return (folder / "done.json").exists()
 
 
 class Stage:
@@ -89,6 +94,10 @@ class Stage:
             self._writer.flush()
             metrics = {self._best: self._record[self._best]} if self._best else None
             self._checkpoints.save(done, state, metrics=metrics)
+        if done == self._total:
+            self._checkpoints.wait()
+            if hosts.host_index() == 0:
+                write_text(self.folder / "done.json", json.dumps({"step": done}))
         if leaving and done < self._total:
             self._checkpoints.wait()
             runs.say(
