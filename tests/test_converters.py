@@ -161,6 +161,7 @@ def test_openr1_takes_the_shortest_verified_solution(hub, caplog):
         openr1_row(problem="d", correctness_math_verify=None),
         openr1_row(problem="e", generations=["<think>x</answer></think>1"] * 4),
         openr1_row(),
+        openr1_row(problem="stop <|im_end|>"),
     ]
     with caplog.at_level(logging.INFO):
         (problem,) = load(hub, "openr1_math", rows)

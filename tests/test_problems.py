@@ -352,6 +352,10 @@ def test_tfds_sets_without_tensorflow(tmp_path):
         load_problems(source, split="tset")
     with pytest.raises(ValueError, match="file_format='array_record'"):
         load_problems(f"tfds:{tmp_path}/nothing")
+    with pytest.raises(
+        ValueError, match=r"tfds:ai2_ark: Dataset ai2_ark not found. Did you mean ai2_arc"
+    ):
+        load_problems("tfds:ai2_ark")
 
 
 @pytest.mark.filterwarnings("ignore")  # gcsfs' and the emulator's own
@@ -366,7 +370,9 @@ def test_files_and_pictures_on_gs(monkeypatch):
         root = epath.Path("gs://problems/sets")
         (root / "a.png").write_bytes(png())
         row = {"problem": "a", "answer": "1", "image": "a.png"}
-        (root / "set.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"image": "b.png"}))
+        (root / "set.jsonl").write_text(
+            json.dumps(row) + "\n" + json.dumps(row | {"image": "b.png"})
+        )
         with pytest.raises(ValueError, match="line 2: field 'image': no image file gs://problems"):
             load_problems("gs://problems/sets/set.jsonl")
         (root / "set.jsonl").write_text(json.dumps(row))

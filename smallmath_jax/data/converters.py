@@ -36,6 +36,7 @@ NUMINA_COMPETITION = (
     "olympiads",
     "olympiads_ref",
 )
+_SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 NOT_AN_ANSWER = ("", "proof", "notfound", "not found", "none")
 
 
@@ -104,8 +105,11 @@ def convert_rows(
         except (RowError, KeyError, TypeError) as error:  # the set's schema is not ours to mend
             faults.append(f"{rows.where(index)}: {type(error).__name__} {error}")
             problem = Skipped("bad_row")
-        if isinstance(problem, Problem) and (problem.problem, problem.images) in seen:
-            problem = Skipped("duplicate")
+        if isinstance(problem, Problem):
+            if (problem.problem, problem.images) in seen:
+                problem = Skipped("duplicate")
+            elif _SPECIAL.search(problem.problem + (problem.solution or "")):
+                problem = Skipped("special_token_in_text")  # no tokenizer could read it as text
         if isinstance(problem, Skipped):
             left_out[problem.reason] = left_out.get(problem.reason, 0) + 1
             return None

@@ -164,7 +164,13 @@ def _load_file(
 ) -> list[Problem]:
     """Every row is checked, also those that `limit` leaves out: a file is the user's own to mend."""
     path = epath.Path(source)
-    if not path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:
+        raise ValueError(
+            f"{source}: cannot be reached ({error}); check network and login"
+        ) from error
+    if not found:
         raise ValueError(
             f"{source}: no such file; give the path of a .jsonl, .json or .parquet file"
         )
@@ -323,8 +329,11 @@ def tfds_rows(name: str, split: str | None, source: str) -> Rows:
             "file_format='array_record', then give its folder: tfds:FOLDER"
         ) from error
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
+        near = difflib.get_close_matches(name, tfds.list_builders(), 2, 0.7)
+        hint = f" Did you mean {' or '.join(near)}?" if near and near[0] != name else ""
+        reason = str(error).strip().split("\n")[0]  # TFDS goes on to list all its sets
         raise ValueError(
-            f"{source}: {error}. Give a TFDS name or the folder of a set prepared with file_format='array_record'"
+            f"{source}: {reason}{hint} Give a TFDS name or the folder of a set prepared with file_format='array_record'"
         ) from error
     return Rows(len(data), lambda index: data[index], lambda index: f"row {index + 1}")
 
