@@ -314,6 +314,7 @@ def tfds_rows(name: str, split: str | None, source: str) -> Rows:
         if name.startswith(("/", ".", "~", "gs://")):
             builder = tfds.builder_from_directory(epath.Path(name).expanduser())
         else:
+            _check_tfds_name(name, tfds)
             builder = tfds.builder(name, file_format="array_record")
             builder.download_and_prepare()
         splits = list(builder.info.splits)
@@ -329,13 +330,22 @@ def tfds_rows(name: str, split: str | None, source: str) -> Rows:
             "file_format='array_record', then give its folder: tfds:FOLDER"
         ) from error
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
-        near = difflib.get_close_matches(name, tfds.list_builders(), 2, 0.7)
-        hint = f" Did you mean {' or '.join(near)}?" if near and near[0] != name else ""
-        reason = str(error).strip().split("\n")[0]  # TFDS goes on to list all its sets
+        reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{source}: {reason}{hint} Give a TFDS name or the folder of a set prepared with file_format='array_record'"
+            f"{source}: {reason} Give a TFDS name or the folder of a set prepared with file_format='array_record'"
         ) from error
     return Rows(len(data), lambda index: data[index], lambda index: f"row {index + 1}")
+
+
+def _check_tfds_name(name: str, tfds: Any) -> None:
+    """Before TFDS looks for the name in a registry over the network, with minutes of retries."""
+    base = name.split("/")[0].split(":")[0]
+    prepared = epath.Path(tfds.core.constants.DATA_DIR).expanduser() / base
+    known = tfds.list_builders(with_community_datasets=False)
+    if base not in known and base != "huggingface" and not prepared.exists():
+        near = difflib.get_close_matches(base, known, 2, 0.6)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"none of TFDS' {len(known)} sets is named {base!r}.{hint}")
 
 
 def _skip_images(features: Any, tfds: Any) -> dict[str, Any]:
