@@ -27,6 +27,8 @@ from smallmath_jax.rollout import programs
 from smallmath_jax.rollout.pool import Pool, Programs, devices_of
 from smallmath_jax.rollout.programs import MAX_STOP_LENGTH, MAX_STOPS
 
+_ROWS = 8  # slots are padded to a multiple: matrix kernels treat rows left over differently, and a bit may differ
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -100,7 +102,7 @@ class Engine:
         self.slots, self.cache_length = slots, cache_length
         self._shape = programs.Shape(
             config=config,
-            slots=slots,
+            slots=-(-slots // _ROWS) * _ROWS,
             cache_length=row_pages * prefill_chunk,
             chunk=prefill_chunk,
             pages=max(row_pages, slots * row_pages // 2 if pages is None else pages),
@@ -120,7 +122,7 @@ class Engine:
         self._running: list[tuple[int, _Request] | None] = [None] * slots
         self._drawn: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(slots)]
         self._finished: dict[int, Rollout] = {}
-        self._rows = programs.idle_rows(slots)
+        self._rows = programs.idle_rows(self._shape.slots)
         self._counts = dict.fromkeys(
             ("decoded_tokens", "decode_steps", "decode_calls", "cancelled", "restarted"), 0
         )
