@@ -44,6 +44,8 @@ def test_a_machine_has_its_published_chips(name, chips, hosts):
     assert len(devices) == machine.chips == chips
     assert len({device.process_index for device in devices}) == hosts
     assert machine.chips // machine.chips_per_host == hosts
+    host = topologies.topology(topologies.host_of(name))
+    assert host.chips == machine.chips_per_host and host.host_bounds[0] <= host.chips
 
 
 def test_a_misspelt_machine_gets_the_nearest_names():

@@ -95,7 +95,8 @@ def compile_program(
     settings = {} if program.out_shardings is None else {"out_shardings": program.out_shardings}
     function = program.function
     if not hasattr(function, "lower"):
-        function = jax.jit(function, donate_argnums=program.donate, **settings)
+        # unused arguments stay: they lie in memory all the same
+        function = jax.jit(function, donate_argnums=program.donate, keep_unused=True, **settings)
     started = time.monotonic()
     lowered = function.lower(*program.arguments)
     common = {

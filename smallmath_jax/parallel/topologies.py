@@ -90,6 +90,18 @@ def topology(name: str) -> Topology:
     return TOPOLOGIES[name]
 
 
+def host_of(name: str) -> str:
+    """The name of a machine with the chips of one host of machine `name`.
+
+    The compiler refuses collectives over a part of a larger machine, so a host's own programs are compiled for this.
+    """
+    machine = topology(name)
+    if machine.chips == machine.chips_per_host:
+        return name
+    kind = name.partition("-")[0]
+    return f"{kind}-{machine.chips_per_host * (2 if machine.megacore else 1)}"
+
+
 def devices(name: str) -> list[Any]:
     """Compile-only devices of a machine: a Mesh can be made of them, no array can be put on them.
 

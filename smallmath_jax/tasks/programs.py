@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from smallmath_jax.models import folders, weights
 from smallmath_jax.models.config import ModelConfig
 from smallmath_jax.models.qwen_vl import abstract_model
-from smallmath_jax.parallel import rules
+from smallmath_jax.parallel import rules, topologies
 from smallmath_jax.parallel.compile import Program, abstract, gib_per_chip
 from smallmath_jax.parallel.mesh import make_mesh
 from smallmath_jax.parallel.published import PUBLISHED
@@ -43,7 +43,7 @@ def programs(config: Any, mesh: Mesh, machine: Topology) -> list[Program]:
             f"task {config.task!r} has no train step; compile configs/sft.py or configs/grpo.py"
         )
     model = model_config(config)
-    local = make_mesh(-1, 1, 1, [one for one in mesh.devices.flat if one.process_index == 0])
+    local = make_mesh(-1, 1, 1, topologies.devices(topologies.host_of(machine.name)))
     sampling = _engine_programs(config, model, local)
     listed = []
     if config.task == "sft" or config.cold_start:
