@@ -25,8 +25,8 @@ def sft_settings(mode: str):
         )
     else:
         text = ("convert:openr1_math",)
-        settings.data = text + ("convert:geometry3k",) if vision else text
-        settings.problems = 0  # 0: all
+        settings.data = ("convert:r1_onevision",) + text if vision else text
+        settings.problems = 40000  # a source, drawn by seed; 0: all
         settings.terse_share = 0.0
     settings.steps = 1500 if tiny else 0  # 0: from epochs
     settings.epochs = 2

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from smallmath_jax.records import (
 from smallmath_jax.report import metrics, pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import runs
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
 from smallmath_jax.train.loop import Progress
 from smallmath_jax.verify.grader import Grader
@@ -98,9 +99,7 @@ def evaluate(
         for first in range(0, len(mine), PART_ROWS):
             chunk = mine[first : first + PART_ROWS]
             rows: list[Completion] = []
-            for index, rollouts in run_requests(
-                engine, [r for p in chunk for r in _requests(p, config)]
-            ):
+            for index, rollouts in run_requests(engine, _asked(chunk, policy, config)):
                 rows += _grade(chunk, index, rollouts, policy, config, grader, step)
                 tokens += sum(len(rollout.token_ids) for rollout in rollouts)
             rows.sort(key=lambda row: (row.problem_id, row.extra["decoding"], row.sample))
@@ -130,6 +129,11 @@ def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[s
     if hosts.host_index() == 0:
         write_text(folder / "result.json", to_json(result))
     return result
+
+
+def _asked(chunk: list[tuple[Problem, Prompt]], policy: Policy, config: Any) -> Iterator[Request]:
+    for problem, prompt in chunk:
+        yield from _requests((problem, with_pixels(prompt, problem, policy)), config)
 
 
 def _requests(pair: tuple[Problem, Prompt], config: Any) -> list[Request]:

@@ -21,7 +21,14 @@ from smallmath_jax.records import Completion, Problem, Prompt, draw_key
 from smallmath_jax.report import pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, stages, training
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, restore_model
+from smallmath_jax.tasks.policy import (
+    Policy,
+    load_policy,
+    make_mesh,
+    prompts_for,
+    restore_model,
+    with_pixels,
+)
 from smallmath_jax.tasks.rollouts import Clock, Request, engine_weights, make_engine, run_requests
 from smallmath_jax.train import advantages as adv
 from smallmath_jax.train.loop import StopSignal
@@ -97,8 +104,9 @@ def improve(
             clock = Clock()
             engine.set_weights(engine_weights(state.model, config), step)
             chosen = step_problems(len(problems), step, settings.prompts, config.seed)
+            asked = [with_pixels(prompts[index], problems[index], policy) for index in chosen]
             share = hosts.share(list(enumerate(chosen)))
-            groups = sample_groups(engine, [prompts[index] for _, index in share], config, step)
+            groups = sample_groups(engine, [asked[place] for place, _ in share], config, step)
             clock.lap("generate")
             mine = [
                 grade_group(
@@ -108,7 +116,7 @@ def improve(
             ]
             rows = exchange(mine)
             clock.lap("grade")
-            batch = group_batch([prompts[index] for index in chosen], rows, config)
+            batch = group_batch(asked, rows, config)
             state, metrics = update(trainer, state, batch, config, step, reference)
             clock.lap("train")
             record = grpo_metrics.step_metrics(batch, metrics, clock.seconds, engine.counters())

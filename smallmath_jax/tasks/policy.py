@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,9 @@ import ml_collections
 from etils import epath
 from flax import nnx
 
+from smallmath_jax.data.batches import Sequence
 from smallmath_jax.data.images import ImageSettings
-from smallmath_jax.data.prompts import GRAMMARS, build_prompt
+from smallmath_jax.data.prompts import GRAMMARS, attach_pixels, build_prompts
 from smallmath_jax.data.tokens import Tokens, load_tokens
 from smallmath_jax.models import folders, lora, weights
 from smallmath_jax.models.config import ModelConfig, tiny_config
@@ -20,6 +21,9 @@ from smallmath_jax.parallel import mesh as meshes
 from smallmath_jax.parallel import rules
 from smallmath_jax.records import Problem, Prompt
 from smallmath_jax.train.checkpoint import Checkpoints
+
+Reader = TypeVar("Reader", Prompt, Sequence)
+KEPT_PIXEL_BYTES = 2**30  # decoded pictures kept in host memory; beyond it they are read when used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,30 +169,36 @@ def _image_settings(config: Any, model_config: ModelConfig) -> ImageSettings:
 def prompts_for(
     problems: list[Problem], policy: Policy, config: Any, prefix: str | None = None
 ) -> tuple[list[Problem], list[Prompt], dict[str, int]]:
-    """Prompts of the problems that fit; what did not fit is counted by reason, never cut."""
-    grammar = GRAMMARS[config.prompt.grammar]
+    """Prompts of the problems that fit; what did not fit is counted by reason, never cut.
+
+    Pictures are decoded here when all their patches fit into KEPT_PIXEL_BYTES, else at their use (`with_pixels`).
+    """
     system = config.prompt.system
-    kept: list[Problem] = []
-    prompts: list[Prompt] = []
-    dropped = {"prompt_too_long": 0, "too_many_patches": 0, "image_for_a_text_model": 0}
-    for problem in problems:
-        if problem.images and policy.config.vision is None:
-            dropped["image_for_a_text_model"] += 1
-            continue
-        prompt = build_prompt(
-            problem,
-            policy.tokens,
-            grammar,
-            policy.images,
-            system=None if system == "auto" else system,
-            prefix=config.prompt.prefix if prefix is None else prefix,
-        )
-        patches = 0 if prompt.pixels is None else len(prompt.pixels)
-        if patches > config.vision.max_patches:
-            dropped["too_many_patches"] += 1
-        elif len(prompt.token_ids) > config.prompt.max_tokens:
-            dropped["prompt_too_long"] += 1
-        else:
-            kept.append(problem)
-            prompts.append(prompt)
-    return kept, prompts, {reason: count for reason, count in dropped.items() if count}
+    told = [
+        problem for problem in problems if not problem.images or policy.config.vision is not None
+    ]
+    pairs, dropped = build_prompts(
+        told,
+        policy.tokens,
+        GRAMMARS[config.prompt.grammar],
+        policy.images,
+        max_tokens=config.prompt.max_tokens,
+        max_patches=config.vision.max_patches,
+        over="drop",
+        system=None if system == "auto" else system,
+        prefix=config.prompt.prefix if prefix is None else prefix,
+        pixels=False,
+    )
+    if len(told) < len(problems):
+        dropped["image_for_a_text_model"] = len(problems) - len(told)
+    patches = sum(int(prompt.grids.prod(-1).sum()) for _, prompt in pairs)
+    if patches and patches * policy.config.vision.patch_values * 4 <= KEPT_PIXEL_BYTES:
+        pairs = [(problem, with_pixels(prompt, problem, policy)) for problem, prompt in pairs]
+    return [problem for problem, _ in pairs], [prompt for _, prompt in pairs], dropped
+
+
+def with_pixels(reader: Reader, problem: Problem, policy: Policy) -> Reader:
+    """The prompt or sequence with its pictures decoded; itself when it has none or has them already."""
+    if reader.pixels is not None or not len(reader.grids):
+        return reader
+    return attach_pixels(reader, problem, policy.images)

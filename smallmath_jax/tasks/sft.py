@@ -17,7 +17,14 @@ from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.records import Problem, draw_key
 from smallmath_jax.report import pages
 from smallmath_jax.tasks import evaluate, export, runs, stages, training
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, restore_model
+from smallmath_jax.tasks.policy import (
+    Policy,
+    load_policy,
+    make_mesh,
+    prompts_for,
+    restore_model,
+    with_pixels,
+)
 from smallmath_jax.tasks.rollouts import make_engine
 from smallmath_jax.train.loop import StopSignal
 
@@ -56,7 +63,8 @@ def fine_tune(
         return dataclasses.replace(
             policy, model=restore_model(folder / "checkpoints", policy.model, mesh)
         )
-    sequences, left_out = load_sequences(policy, config)
+    sequences, problems, left_out = load_sequences(policy, config)
+    get = lambda index: with_pixels(sequences[index], problems[index], policy)
     plan = plan_rows(
         [len(sequence.token_ids) for sequence in sequences],
         [sequence.patches for sequence in sequences],
@@ -81,7 +89,7 @@ def fine_tune(
         state = stage.restore_or_start()
         seen, since, shown = 0, time.perf_counter(), {}
         for step in range(stage.first, total):
-            rows = sft_rows(sequences.__getitem__, plan, config.seed, step)
+            rows = sft_rows(get, plan, config.seed, step)
             state, metrics = trainer.step_rows(state, rows)
             tokens = sum(len(sequence.token_ids) for row in rows for sequence in row)
             seen += tokens
@@ -96,7 +104,9 @@ def fine_tune(
         return dataclasses.replace(policy, model=state.model)
 
 
-def load_sequences(policy: Policy, config: Any) -> tuple[list[Sequence], dict[str, int]]:
+def load_sequences(
+    policy: Policy, config: Any
+) -> tuple[list[Sequence], list[Problem], dict[str, int]]:
     """Every problem with a solution, as prompt and completion; what does not fit is counted."""
     settings = config.sft
     problems = [
@@ -105,18 +115,19 @@ def load_sequences(policy: Policy, config: Any) -> tuple[list[Sequence], dict[st
         for problem in load_problems(source, limit=settings.problems or None, seed=config.seed)
     ]
     kept, prompts, left_out = prompts_for(problems, policy, config, prefix="")
-    sequences = []
+    sequences, taught = [], []
     for problem, prompt in zip(kept, prompts, strict=True):
         text = solution_text(problem, config)
         if text is None:
             left_out["no_solution"] = left_out.get("no_solution", 0) + 1
             continue
         sequences.append(make_sequence(prompt, completion_ids(text, policy.tokens)))
+        taught.append(problem)
     if not sequences:
         raise ValueError(
             f"sft.data: none of {len(problems)} problems can be trained on; left out: {left_out}"
         )
-    return sequences, left_out
+    return sequences, taught, left_out
 
 
 def solution_text(problem: Problem, config: Any) -> str | None:
