@@ -5,6 +5,7 @@ factor and a swap of sides. All functions take (gold, answer) in this order and 
 """
 
 import itertools
+from collections.abc import Callable
 from fractions import Fraction
 
 from smallmath_jax.verify import regions
@@ -12,7 +13,7 @@ from smallmath_jax.verify.evaluate import Undecided
 from smallmath_jax.verify.policy import Policy
 from smallmath_jax.verify.transform import expand_signs, fold_matrices, has_signs
 from smallmath_jax.verify.trees import SCALARS, Node, number
-from smallmath_jax.verify.values import constant, free_variables, proportional, same_value
+from smallmath_jax.verify.values import constant, contains, free_variables, proportional, same_value
 
 ITEMS = 60  # of an unordered list
 _FLIPPED = {">": "<", ">=": "<="}
@@ -22,7 +23,6 @@ def equal(gold: Node, answer: Node, policy: Policy) -> bool:
     """Whether an answer equals the gold answer under a policy."""
     if gold == answer:
         return True
-    gold, answer = fold_matrices(gold), fold_matrices(answer)
     gold_name, gold_value = split_name(gold)
     name, value = split_name(answer)
     if gold_name is not None and name is not None:
@@ -62,6 +62,8 @@ def _is_name(side: Node, *others: Node) -> bool:
         )
     if side.kind == "div" and _differential(side):
         return True
+    if side.kind == "opaque" and all(arg.kind == "var" for arg in side.args):  # f(x) = ...
+        return not any(contains(other, "opaque", side.value) for other in others)
     return side.kind == "var" and not any(side.value in free_variables(other) for other in others)
 
 
@@ -74,11 +76,15 @@ def _differential(side: Node) -> bool:
 def _same_name(first: Node, second: Node) -> bool:
     if first == second:
         return True
-    names = {first.value, second.value}
-    return "y" in names and any(str(name).endswith("(x)") for name in names)  # y = .. is f(x) = ..
+    functions = [node for node in (first, second) if node.kind == "opaque"]
+    names = [node for node in (first, second) if node.kind == "var"]
+    if len(functions) != 1 or len(names) != 1:
+        return False
+    return names[0].value in ("y", functions[0].value)  # y = .. is f(x) = .., and y(t) = ..
 
 
 def _equal_values(gold: Node, answer: Node, policy: Policy) -> bool:
+    gold, answer = fold_matrices(gold), fold_matrices(answer)
     if gold.kind == "both" or answer.kind == "both":
         return _equal_both(gold, answer, policy)
     if "quantity" in (gold.kind, answer.kind):
@@ -132,7 +138,7 @@ def _is_chain(node: Node) -> bool:
     """`a = b = c`, or an identity between constants (`log_2 32 = 5`): several ways to say one value."""
     if node.kind != "relation" or set(node.value) - {"=", "~"}:
         return False
-    if any(side.kind not in SCALARS for side in node.args):
+    if any(side.kind not in SCALARS and side.kind != "quantity" for side in node.args):
         return False
     return len(node.args) > 2 or not any(free_variables(side) for side in node.args)
 
@@ -206,23 +212,26 @@ def _match(golds: list[Node], answers: list[Node], policy: Policy) -> bool:
     """Whether the items pair off, in any order."""
     if len(golds) != len(answers) or len(golds) > ITEMS:
         return False
+    return _pair_off(golds, answers, lambda gold, answer: equal(gold, answer, policy))
+
+
+def _pair_off(golds: list, answers: list, same: Callable) -> bool:
+    """Whether each gold item finds an answer of its own. One undecided pair does not hide another that is equal."""
     left = list(answers)
     for gold in golds:
-        found = next(
-            (index for index, answer in enumerate(left) if _safe_equal(gold, answer, policy)), None
-        )
-        if found is None:
+        undecided = None
+        for index, answer in enumerate(left):
+            try:
+                if same(gold, answer):
+                    del left[index]
+                    break
+            except Undecided as error:
+                undecided = error
+        else:
+            if undecided is not None:
+                raise undecided
             return False
-        del left[found]
     return True
-
-
-def _safe_equal(gold: Node, answer: Node, policy: Policy) -> bool:
-    """Equality of list items, where one undecided pair must not hide another pair that is equal."""
-    try:
-        return equal(gold, answer, policy)
-    except Undecided:
-        return False
 
 
 def _equal_tuples(gold: Node, answer: Node, policy: Policy) -> bool:
@@ -256,13 +265,7 @@ def _equal_relations(gold: Node, answer: Node, policy: Policy) -> bool:
     golds, answers = _pairwise(gold), _pairwise(answer)
     if len(golds) != len(answers):
         return False
-    left = list(answers)
-    for one in golds:
-        found = next((i for i, other in enumerate(left) if _equal_pair(one, other, policy)), None)
-        if found is None:
-            return False
-        del left[found]
-    return True
+    return _pair_off(golds, answers, lambda one, other: _equal_pair(one, other, policy))
 
 
 Relation = tuple[str, Node, Node]
@@ -287,7 +290,8 @@ def _equal_pair(gold: Relation, answer: Relation, policy: Policy) -> bool:
         return False
     strip = [node.args[0] if node.kind == "quantity" else node for node in (*sides, *others)]
     if sign in ("=", "<", "<=", "!=") and all(node.kind in SCALARS for node in strip):
-        if all(node.kind != "matrix" and not has_signs(node) for node in strip):
+        varies = any(free_variables(node) for node in strip)
+        if varies and all(node.kind != "matrix" and not has_signs(node) for node in strip):
             return proportional(
                 _difference(*strip[:2]), _difference(*strip[2:]), sign in ("<", "<=")
             )
@@ -360,6 +364,10 @@ def _nested(gold: Node, answer: Node, policy: Policy) -> bool:
     return _match(list(gold.args), list(answer.args), policy)
 
 
+def _equal_families(gold: Node, answer: Node, policy: Policy) -> bool:
+    return gold.value == answer.value and equal(gold.args[0], answer.args[0], policy)
+
+
 _BY_KIND = {
     frozenset(("tuple",)): _equal_tuples,
     frozenset(("matrix",)): _equal_tables,
@@ -379,4 +387,5 @@ _BY_KIND = {
     frozenset(("union",)): _nested,
     frozenset(("cap",)): _nested,
     frozenset(("minus",)): _nested,
+    frozenset(("family",)): _equal_families,
 }

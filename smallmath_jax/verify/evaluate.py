@@ -48,6 +48,7 @@ class Scope:
     log_base: int = 0  # base of a bare \\log; 0: natural
     imaginary: bool = False  # i was written
     left_reals: bool = False  # a root or logarithm of a negative number was taken
+    unknown: bool = False  # something stood for itself: inequality proves nothing
     largest: Number = 0  # largest addend: what cancellation is measured against
 
 
@@ -69,7 +70,7 @@ def evaluate(node: Node, scope: Scope) -> Number:
         raise
     except (ZeroDivisionError, ValueError) as error:  # ValueError: mpmath at a pole
         raise Undefined(str(error)) from error
-    except (OverflowError, MemoryError, TypeError, mpmath.NoConvergence) as error:
+    except (OverflowError, MemoryError, TypeError, mpmath.libmp.NoConvergence) as error:
         raise Undecided(str(error)) from error
     return value
 
@@ -238,8 +239,10 @@ def _degree(node: Node, scope: Scope) -> Number:
 
 def _factorial(node: Node, scope: Scope) -> Number:
     value = evaluate(node.args[0], scope)
-    if not is_exact(value) or abs(value) > HUGE:
-        raise Undecided("the factorial of an inexact or huge number")
+    if abs(real(value)) > HUGE:
+        raise Undecided("the factorial of a huge number")
+    if not is_exact(value):
+        return context().gamma(value + 1)
     whole = Fraction(value).denominator == 1
     if node.value == 2:
         if not whole or not 0 <= value <= EXACT_FACTORIAL:
@@ -256,7 +259,31 @@ def _opaque(node: Node, scope: Scope) -> Number:
     """An unknown function: equal arguments give equal values, and different ones do not."""
     mp = context()
     told = ",".join(mp.nstr(real(evaluate(arg, scope)), 20) for arg in node.args)
-    digest = hashlib.sha256(f"{node.value}({told})".encode()).digest()
+    return _hashed(f"{node.value}({told})")
+
+
+SERIES = 500  # terms of a sum that are added one by one
+
+
+def _series(node: Node, scope: Scope) -> Number:
+    """A short sum or product with whole bounds term by term; any other as an unknown function of its parts."""
+    body, *bounds = node.args
+    low, high = (evaluate(bound, scope) for bound in bounds)
+    kind, index = node.value
+    finite = all(is_exact(bound) and Fraction(bound).denominator == 1 for bound in (low, high))
+    inner = lambda value: dataclasses.replace(scope, point={**scope.point, index: value})
+    if finite and 0 <= high - low < SERIES:
+        terms = [evaluate(body, inner(Fraction(k))) for k in range(int(low), int(high) + 1)]
+        return add(terms, scope) if kind == "sum" else functools.reduce(multiply, terms)
+    scope.unknown = True
+    mp = context()
+    probes = [evaluate(body, inner(Fraction(*probe))) for probe in ((2, 1), (5, 1), (13, 4))]
+    told = ",".join(mp.nstr(real(value), 20) for value in (*probes, low, high))
+    return _hashed(f"{kind}({told})")
+
+
+def _hashed(text: str) -> Fraction:
+    digest = hashlib.sha256(text.encode()).digest()
     return 1 + Fraction(int.from_bytes(digest[:4], "big"), 2**32)
 
 
@@ -265,7 +292,7 @@ def _call(node: Node, scope: Scope) -> Number:
         inside = dataclasses.replace(scope, degree=True)
         value = evaluate(node.args[0], inside)
         scope.imaginary, scope.left_reals = inside.imaginary, inside.left_reals
-        if abs(value) > context().mpf(10) ** 40:
+        if abs(real(value)) > context().mpf(10) ** 40:
             raise Undecided("the sine of a huge number")
         return _trigonometric(node.value, value, inside)
     values = [evaluate(arg, scope) for arg in node.args]
@@ -280,7 +307,7 @@ def _trigonometric(name: str, value: Number, scope: Scope) -> Number:
     result = getattr(mp, name if name in ("sin", "cos", "tan") else _RECIPROCAL.get(name, name))(
         real(value)
     )
-    tiny = mp.mpf(10) ** (12 - DIGITS) * (1 + abs(value))
+    tiny = mp.mpf(10) ** (12 - DIGITS) * (1 + abs(real(value)))
     if name in ("sin", "cos", "tan") and abs(result) < tiny:
         return 0
     if name in _RECIPROCAL:
@@ -351,8 +378,10 @@ def _rounder(function: Callable[[Number], int]) -> Callable[..., Number]:
     def rounded(scope: Scope, value: Number) -> Number:
         if is_exact(value):
             return function(value)
-        if not isinstance(value, context().mpf) or abs(value) > context().mpf(10) ** 30:
-            raise Undecided("rounding a complex or huge number")
+        if not isinstance(value, context().mpf):
+            raise Undefined("rounding a complex number")
+        if abs(value) > context().mpf(10) ** 30:
+            raise Undecided("rounding a huge number")
         near = context().nint(value)
         close = abs(value - near) < context().mpf(10) ** (20 - DIGITS) * (1 + abs(value))
         return int(near) if close else function(Fraction(str(context().nstr(value, 45))))
@@ -430,6 +459,7 @@ _EVALUATORS: dict[str, Callable[[Node, Scope], Number]] = {
     "pow": _power,
     "call": _call,
     "opaque": _opaque,
+    "series": _series,
     "fact": _factorial,
     "pct": _percent,
     "deg": _degree,

@@ -7,6 +7,7 @@ Depth is limited, and the number of tokens before that, so time is linear in pra
 from collections.abc import Callable
 
 from smallmath_jax.verify.normalise import Token, Unreadable, canonical
+from smallmath_jax.verify.spelling import WORDS
 from smallmath_jax.verify.trees import (
     DEPTH,
     END,
@@ -20,6 +21,7 @@ from smallmath_jax.verify.trees import (
     scalar,
     subscript,
 )
+from smallmath_jax.verify.units import UNITS
 
 
 def expression(reader: Reader) -> Node:
@@ -50,7 +52,10 @@ def _signed_term(reader: Reader) -> Node:
     token = reader.peek()
     if token.kind == "op" and token.text in ("-", "+", "pm", "mp"):
         reader.index += 1
-        node = scalar(_signed_term(reader) if reader.peek().text in ("-", "+") else _term(reader))
+        node = _signed_term(reader) if reader.peek().text in ("-", "+") else _term(reader)
+        if node.kind == "based" and token.text == "-":
+            return node._replace(value=("-" + node.value[0], node.value[1]))
+        scalar(node)
         if token.text == "-":
             return Node("neg", (node,))
         return node if token.text == "+" else Node(token.text, (number(0), node))
@@ -89,7 +94,9 @@ def _continues(reader: Reader, last: Node) -> bool:
     token = reader.peek()
     if token.kind == "op" and token.text in ("*", "/"):
         return True
-    return last.kind in SCALARS and token.kind != "num" and starts_factor(reader)
+    if token.kind == "num" and reader.tokens[reader.index - 1].kind == "num":
+        return False
+    return last.kind in SCALARS and starts_factor(reader)
 
 
 def _is_times(reader: Reader) -> bool:
@@ -114,8 +121,8 @@ def starts_factor(reader: Reader) -> bool:
         return len(token.text) == 1 and _letter_word(reader)
     if token.kind != "op":
         return False
-    if token.text == "|":
-        return reader.bars == 0 and _closing_bar(reader)
+    if token.text in ("|", "mid", "norm"):
+        return reader.bars == 0 and _closing_bar(reader, token.text)
     return token.text in _OPENERS
 
 
@@ -125,8 +132,8 @@ def _letter_word(reader: Reader) -> bool:
     return reader.peek().text in "ei" or (before.kind in ("let", "word") and before.text != "pi")
 
 
-def _closing_bar(reader: Reader) -> bool:
-    return any(token.text == "|" for token in reader.tokens[reader.index + 1 :])
+def _closing_bar(reader: Reader, bar: str) -> bool:
+    return any(token.text == bar for token in reader.tokens[reader.index + 1 :])
 
 
 def _mixed(reader: Reader, node: Node) -> Node:
@@ -168,13 +175,32 @@ def _factor(reader: Reader) -> Node:
             reader.index += 1
             double = reader.take("!")
             node = Node("fact", (scalar(node),), 2 if double else 1)
-        elif token.text in ("%", "deg"):
+        elif token.text == "%":
             reader.index += 1
-            node = Node("pct" if token.text == "%" else "deg", (scalar(node),))
+            node = Node("pct", (scalar(node),))
+        elif token.text == "deg" or (token.text == "{" and reader.peek(1).text == "deg"):
+            node = _degrees(reader, scalar(node))
         elif token.text == "_" and node.kind in ("num", "dec"):
             return _based(reader)
+        elif node.kind in ("var", "const") and (token.text == "_" or token.text.startswith("'")):
+            reader.index += 1
+            mark = "_" + subscript(reader) if token.text == "_" else token.text
+            node = Node("var", (), node.value + mark)
         else:
             return node
+
+
+def _degrees(reader: Reader, node: Node) -> Node:
+    """An angle, with its minutes and seconds where they follow."""
+    braced = reader.take("{")
+    reader.need("deg")
+    if braced:
+        reader.need("}")
+    for mark, share in (("'", 60), ("''", 3600)):
+        if reader.peek().kind == "num" and reader.peek(1).text == mark:
+            node = Node("add", (node, Node("div", (numeral(reader.peek().text), number(share)))))
+            reader.index += 2
+    return Node("deg", (node,))
 
 
 def _exponent(reader: Reader) -> Node:
@@ -193,9 +219,9 @@ def _based(reader: Reader) -> Node:
     digits = reader.tokens[reader.index - 1].text
     reader.need("_")
     base = subscript(reader)
-    if not (digits.isdigit() and base.isdigit() and 2 <= int(base[:3]) <= 36):
+    if not (base.isdigit() and 2 <= int(base[:3]) <= 36):
         raise Unreadable("a number with a subscript that is no base")
-    return Node("based", (), (digits.lstrip("0") or "0", int(base)))
+    return Node("based", (), (digits.lstrip("0"), int(base)))
 
 
 def _primary(reader: Reader) -> Node:
@@ -227,6 +253,9 @@ def _variable(reader: Reader) -> Node:
         return chosen
     if reader.take("_"):
         name += "_" + subscript(reader)
+    if _inverse_applied(reader):  # f^{-1}(x)
+        name += "^-1"
+        reader.index += 5 if reader.peek(1).text == "{" else 3
     while reader.peek().kind == "op" and reader.peek().text.startswith("'"):
         name += reader.peek().text
         reader.index += 1
@@ -237,9 +266,31 @@ def _variable(reader: Reader) -> Node:
         inside = reader.group(reader, "(")
         args = inside.args if inside.kind == "tuple" else (inside,)
         return Node("opaque", tuple(scalar(arg) for arg in args), name)
-    if reader.peek().text == "(" and name[:1].isupper() and _holds_relation(reader):
+    if _applied(reader, name):
+        reader.index += 3
+        return Node("opaque", (Node("var", (), reader.tokens[reader.index - 2].text),), name)
+    if reader.peek().text == "(" and _holds_relation(reader):
         return opaque_text(reader, start)
     return Node("const", (), name) if name in _CONSTANTS else Node("var", (), name)
+
+
+def _applied(reader: Reader, name: str) -> bool:
+    """`P(X)`, `y(t)`: one letter in brackets after another letter is an argument."""
+    inner = reader.peek(1)
+    if reader.peek().text != "(" or inner.kind != "let" or reader.peek(2).text != ")":
+        return False
+    return (
+        inner.text not in _CONSTANTS
+        and name not in ("x", "X", inner.text)
+        and name not in _CONSTANTS
+    )
+
+
+def _inverse_applied(reader: Reader) -> bool:
+    texts = [reader.peek(ahead).text for ahead in range(8)]
+    if texts[:5] == ["^", "{", "-", "1", "}"]:
+        return texts[5] == "(" and texts[7] == ")" and reader.peek(6).kind == "let"
+    return texts[:4] == ["^", "-", "1", "("] and texts[5] == ")" and reader.peek(4).kind == "let"
 
 
 def _combination(reader: Reader) -> Node | None:
@@ -266,7 +317,7 @@ def _holds_relation(reader: Reader) -> bool:
     depth = 0
     for token in reader.tokens[reader.index :]:
         depth += {"(": 1, ")": -1}.get(token.text, 0)
-        if token.text in ("=", "<", ">", "<=", ">=", ",", "mid", "|"):
+        if token.text in ("=", "<", ">", "<=", ">=", ",", "mid", "{{"):
             return True
         if depth == 0:
             return False
@@ -279,7 +330,16 @@ def _named_call(reader: Reader) -> Node:
         start = reader.index
         reader.index += 1
         return opaque_text(reader, start)
-    raise Unreadable(f"the word {reader.peek().text!r}")
+    word = reader.peek().text
+    if (
+        len(word) == 2
+        and len(reader.tokens) > 1
+        and word.lower() not in WORDS
+        and word not in UNITS
+    ):
+        reader.index += 1  # \\mathrm{ab}: two variables
+        return Node("mul", tuple(Node("var", (), letter) for letter in word))
+    raise Unreadable(f"the word {word!r}")
 
 
 def argument(reader: Reader, digits: bool = False) -> Node:
@@ -340,7 +400,9 @@ def _bracketed(reader: Reader) -> Node:
 
 
 def _absolute(reader: Reader) -> Node:
-    closing = {"|": "|", "lvert": "rvert", "lVert": "rVert", "norm": "norm"}[reader.peek().text]
+    closing = {"|": "|", "mid": "mid", "lvert": "rvert", "lVert": "rVert", "norm": "norm"}[
+        reader.peek().text
+    ]
     reader.index += 1
     reader.bars += 1
     inner = scalar(expression(reader))
@@ -419,6 +481,39 @@ def _blackboard(reader: Reader) -> Node:
     return Node("named_set", (), name)
 
 
+def _dots(reader: Reader) -> Node:
+    """An ellipsis: whatever it stands for, the same in both answers."""
+    reader.index += 1
+    return Node("var", (), "...")
+
+
+def _figure(reader: Reader) -> Node:
+    """\\angle ABC, \\triangle ABC: a name."""
+    start = reader.index
+    reader.index += 1
+    while reader.peek().kind in ("let", "word"):
+        reader.index += 1
+        if reader.take("_"):
+            subscript(reader)
+    return Node("var", (), canonical(reader.tokens[start : reader.index]))
+
+
+def _series(reader: Reader) -> Node:
+    """\\sum_{k=a}^{b} body: args (body, a, b), value (sum or prod, k)."""
+    name = reader.peek().text
+    reader.index += 1
+    reader.need("_")
+    if reader.peek().text != "{" or reader.peek(2).text != "=":
+        raise Unreadable("a sum without an index")
+    index = reader.peek(1).text
+    reader.index += 3
+    low = scalar(expression(reader))
+    reader.need("}")
+    reader.need("^")
+    high = _exponent(reader)
+    return Node("series", (scalar(_term(reader)), low, high), (name, index))
+
+
 def _empty(reader: Reader) -> Node:
     reader.index += 1
     return Node("set")
@@ -428,6 +523,7 @@ _OPENERS: dict[str, Callable[[Reader], Node]] = {
     "(": _bracketed, "[": _bracketed, "{": _braces, "{{": _bracketed, "langle": _bracketed, "frac": _fraction,
     "binom": _binomial, "sqrt": _root, "overline": _accented, "hat": _accented, "tilde": _accented, "dot": _accented,
     "|": _absolute, "lvert": _absolute, "lVert": _absolute, "norm": _absolute, "lfloor": _rounded, "lceil": _rounded,
+    "mid": _absolute, "angle": _figure, "triangle": _figure, "...": _dots, "sum": _series, "prod": _series,
     "infty": _infinite, "mathbb": _blackboard, "emptyset": _empty,
     **{f"beg:{name}": _environment for name in ("pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix",
                                                "array", "cases")},

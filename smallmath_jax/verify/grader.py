@@ -25,7 +25,7 @@ from smallmath_jax.verify.policy import DEFAULT
 
 WALL_S = 1.5  # of one second opinion
 START_S = 60.0  # for the process to load; not counted against the pair that waits
-GRACE_S = 1.0  # beyond the wall time, before the process itself counts as lost
+GRACE_S = 1.4  # beyond the wall time, before the process itself counts as lost
 MEMORY_MB = 2_048
 VERDICTS = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout")
 

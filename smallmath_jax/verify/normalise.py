@@ -30,13 +30,13 @@ class Token(NamedTuple):
 _GROUP = r"(?:,(?:\\!)+\s*|\{,\}\s*|(?:\\!)+,|\\,\s*|\{\\,\})"
 _SCAN = re.compile(
     rf"""
-    (?P<space>[\s~$]+|\\[,!;:>\ ()\[\]]|\\$)
+    (?P<space>[\s~$]+|\\[,!;:>\ ()\[\]]|\\$|\\(?=\d))
   | (?P<repeat>\d*\.\d*(?:\\(?:overline|bar|dot)\s*(?:\{{\d+\}}|\d)|\(\d+\)))
   | (?P<dots>\d+\.\d{{2,}}\s*(?:\.\.\.|\\[lc]?dots))
   | (?P<grouped>\d{{1,3}}(?:{_GROUP}\d{{3}})+(?!\d)(?:\.\d+)?)
   | (?P<comma>\d{{1,3}}(?:,\d{{3}})+(?!\d)(?:\.\d+)?)
   | (?P<decimal>\d+\{{,\}}\d+)
-  | (?P<num>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,6}}(?![A-Za-z\d]))?)
+  | (?P<num>(?:\d+(?:\.\d+|\.(?=[)\]}}]))?|\.\d+)(?:[eE][-+]?\d{{1,6}}(?![A-Za-z\d]))?)
   | (?P<degree>\^\s*(?:\{{\s*\\(?:circ|degree)\s*\}}|\\(?:circ|degree)(?![A-Za-z]))|\\degree(?![A-Za-z]))
   | (?P<prime>'+|\^\s*(?:\{{(?:\s*\\prime)+\s*\}}|\\prime(?![A-Za-z])))
   | (?P<row>\\\\(?:\[[-\d.]{{1,6}}\s*[a-z]{{2}}\])?)
@@ -60,6 +60,10 @@ _BASE = re.compile(
     r"[\s,]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?\(?\s*(?:in\s+)?base[\s-]*(\d{1,2}|[a-z]{3,7})\s*\)?\s*\}?\)?$",
     re.IGNORECASE,
 )
+_NEXT_STATEMENT = re.compile(
+    r"(?<=[^\s,;&\\])\s*(?:\n|\\q?quad)\s*(?=[A-Za-z](?:_\{?\w\}?)?'?\s*=)"
+)
+_TURNED = re.compile(r"([\[\]])([^\[\](){}]{1,60},[^\[\](){}]{1,60})([\[\]])")
 _SPACED = re.compile(r"([-+]?)(\d{1,3}(?: \d{3})+)(\.\d+)?")
 _HALVES = re.compile(r"\b([AaPp])\.\s?[Mm]\b\.?")
 
@@ -71,21 +75,58 @@ def clean(text: str) -> str:
     text = spelling.to_latex(text).strip()
     if "####" in text:
         text = text.rpartition("####")[2].strip()
+    text = _unwrapped(text)
     if _PYTHON_LIST.fullmatch(text):  # "['3', '-3']", as some collections print several answers
-        return ", ".join(part.strip() for part in re.findall(r"'([^']*)'", text))
+        return ", ".join(part.strip() for part in re.findall(r"'([^']*)'", text)).replace(
+            "\\\\", "\\"
+        )
     text = text.strip('`"* \n\t')
     for pattern in (_PHRASE, _SOLUTION):
         match = pattern.match(text)
         if match and text[match.end() :].strip(" .$"):
             text = text[match.end() :]
+    if "\\begin" not in text:
+        text = _NEXT_STATEMENT.sub(", ", text)
     base = _BASE.search(text[-40:]) if "base" in text.lower() else None
     if base and (base.group(1).isdigit() or base.group(1).lower() in spelling.NUMBER_WORDS):
         digits = spelling.NUMBER_WORDS.get(base.group(1).lower(), base.group(1))
         text = f"{text[: len(text) - len(text[-40:]) + base.start()]}_{{{digits}}}"
+    turned = _TURNED.fullmatch(text)
+    if turned:  # ]a, b[ is how some write (a, b)
+        text = (
+            turned.group(1).replace("]", "(") + turned.group(2) + turned.group(3).replace("[", ")")
+        )
     spaced = _SPACED.fullmatch(text)
     if spaced:
         text = spaced.group(1) + spaced.group(2).replace(" ", "") + (spaced.group(3) or "")
     return _HALVES.sub(lambda match: match.group(1).lower() + "m", text)
+
+
+_WRAPPINGS = (
+    ("$$", "$$"),
+    ("$", "$"),
+    ("\\[", "\\]"),
+    ("\\(", "\\)"),
+    ("**", "**"),
+    ("`", "`"),
+    ('"', '"'),
+)
+
+
+def _unwrapped(text: str) -> str:
+    """Without the delimiters of mathematics or emphasis that surround the whole, and its full stop."""
+    before = None
+    while text != before:
+        before = text
+        text = text.removeprefix("\\displaystyle").strip()
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1].rstrip()
+        for opening, closing in _WRAPPINGS:
+            inside = text[len(opening) : -len(closing)]
+            whole = text.startswith(opening) and text.endswith(closing)
+            if whole and len(text) >= 2 * len(opening) and opening not in inside:
+                text = inside.strip()
+    return text
 
 
 def tokenise(text: str, commas: str = "outside") -> list[Token]:
@@ -96,11 +137,42 @@ def tokenise(text: str, commas: str = "outside") -> list[Token]:
     """
     tokens: list[Token] = []
     _scan(text, tokens, commas, in_text=False)
+    tokens = _without_lines(tokens)
     while tokens and tokens[-1].text in (".", ",", ";", ":"):
         tokens.pop()
-    while tokens and tokens[0].text in (".", ",", ";", ":"):
+    while tokens and tokens[0].text in (".", ",", ";", ":", "bullet"):
         del tokens[0]
     return tokens
+
+
+_LINES = (
+    "align",
+    "aligned",
+    "gather",
+    "gathered",
+    "equation",
+    "split",
+    "multline",
+    "flalign",
+    "displaymath",
+    "math",
+)
+
+
+def _without_lines(tokens: list[Token]) -> list[Token]:
+    """Display environments without their marks; their lines are separate statements."""
+    marks = {f"{side}:{name}" for side in ("beg", "end") for name in _LINES}
+    if not any(token.text in marks for token in tokens):
+        return tokens
+    kept, depth = [], 0
+    for token in tokens:
+        if token.kind == "op" and token.text in marks:
+            continue
+        depth += token.text.startswith("beg:") - token.text.startswith("end:")
+        if depth == 0 and token.text == "&":
+            continue
+        kept.append(token._replace(text=",") if depth == 0 and token.text == "\\\\" else token)
+    return kept
 
 
 def has_two_readings(text: str) -> bool:
@@ -262,8 +334,13 @@ def _run(run: str, tokens: list[Token], in_text: bool, gap: bool) -> None:
     lower = run.lower()
     previous = tokens[-1].text if tokens else ""
     known = spelling.NAMES.get(run) or (spelling.NAMES.get(lower) if len(run) > 2 else None)
-    if run == "min" and tokens and tokens[-1].kind == "num":
-        tokens.append(Token("word", run, gap))  # minutes
+    if (
+        (run == "min" and in_text)
+        or run in ("min", "sec")
+        and tokens
+        and (tokens[-1].kind in ("num", "word") or previous == "/")
+    ):
+        tokens.append(Token("word", run, gap))  # minutes, seconds
     elif known:
         tokens.append(Token(*known, gap))
     elif len(run) == 1:

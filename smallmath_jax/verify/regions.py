@@ -35,11 +35,11 @@ class Piece(NamedTuple):
 
 def equal_regions(gold: Node, answer: Node, policy: Policy) -> bool:
     """Whether two nodes are the same region. False where either is no region."""
-    if (
-        gold.kind not in _WRITTEN
-        and answer.kind not in _WRITTEN
-        and "list" not in (gold.kind, answer.kind)
-    ):
+    written = gold.kind in _WRITTEN or answer.kind in _WRITTEN
+    if not written and not _lists_relations(gold, answer):
+        return False
+    names = _variable_of(gold), _variable_of(answer)
+    if None not in names and names[0] != names[1]:
         return False
     if not policy.interval_as_inequality and _is_inequality(gold) != _is_inequality(answer):
         return False
@@ -47,6 +47,25 @@ def equal_regions(gold: Node, answer: Node, policy: Policy) -> bool:
     if golds is None or answers is None or len(golds) != len(answers):
         return False
     return all(_same_piece(g, a, policy) for g, a in zip(golds, answers, strict=True))
+
+
+def _lists_relations(*nodes: Node) -> bool:
+    return any(
+        node.kind == "list" and any(item.kind == "relation" for item in node.args) for node in nodes
+    )
+
+
+def _variable_of(node: Node) -> str | None:
+    """The variable inequalities are about; None for sets, which name none."""
+    items = node.args if node.kind == "list" else (node,)
+    names = {
+        side.value
+        for item in items
+        if item.kind == "relation"
+        for side in item.args
+        if side.kind == "var"
+    }
+    return names.pop() if len(names) == 1 else None
 
 
 def _is_inequality(node: Node) -> bool:

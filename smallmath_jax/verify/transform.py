@@ -4,7 +4,7 @@ import functools
 import itertools
 
 from smallmath_jax.verify.evaluate import Undecided
-from smallmath_jax.verify.trees import Node
+from smallmath_jax.verify.trees import Node, children
 
 CHOICES = 6  # independent plus-minus signs in one expression, at most
 
@@ -14,21 +14,20 @@ def fold_matrices(node: Node) -> Node:
     if node.kind not in ("mul", "div", "add", "neg") or not _has_matrix(node):
         return node
     args = tuple(fold_matrices(arg) for arg in node.args)
-    if node.kind == "neg":
+    kinds = [arg.kind == "matrix" for arg in args]
+    if node.kind == "neg" and kinds[0]:
         return _each(args[0], lambda entry: Node("neg", (entry,)))
-    if node.kind == "div" and args[1].kind != "matrix":
+    if node.kind == "div" and kinds == [True, False]:
         return _each(args[0], lambda entry: Node("div", (entry, args[1])))
-    if node.kind == "mul":
+    if node.kind == "mul" and any(kinds):
         return functools.reduce(_product, args)
-    if node.kind == "add" and all(arg.kind == "matrix" for arg in args):
+    if node.kind == "add" and all(kinds):
         return functools.reduce(_matrix_sum, args)
     raise Undecided(f"{node.kind} of a matrix and something else")
 
 
 def _has_matrix(node: Node) -> bool:
-    return node.kind == "matrix" or any(
-        isinstance(arg, Node) and _has_matrix(arg) for arg in node.args
-    )
+    return node.kind == "matrix" or any(_has_matrix(child) for child in children(node))
 
 
 def _each(matrix: Node, change) -> Node:
@@ -73,7 +72,7 @@ def has_signs(node: Node) -> bool:
     """Whether a tree contains \\pm or \\mp."""
     if node.kind in ("pm", "mp"):
         return True
-    return any(isinstance(arg, Node) and has_signs(arg) for arg in node.args)
+    return any(has_signs(child) for child in children(node))
 
 
 def expand_signs(node: Node) -> list[list[Node]]:
@@ -90,7 +89,7 @@ def expand_signs(node: Node) -> list[list[Node]]:
 
 def _count_signs(node: Node) -> int:
     here = node.kind in ("pm", "mp")
-    return here + sum(_count_signs(arg) for arg in node.args if isinstance(arg, Node))
+    return here + sum(_count_signs(child) for child in children(node))
 
 
 def _choose(node: Node, signs) -> Node:

@@ -1,6 +1,6 @@
 """The trees answers are read into, and the cursor that reads them. Data and small steps only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ END = Token("end", "")
 
 # Node kinds an arithmetic operator accepts; all others are structures (tuples, sets, relations, words ...).
 SCALARS = frozenset(
-    "num dec var const add neg mul div pow call opaque pm mp fact pct deg matrix".split()
+    "num dec var const add neg mul div pow call opaque pm mp fact pct deg matrix series".split()
 )
 
 
@@ -24,15 +24,36 @@ class Node(NamedTuple):
     value: Any = None
 
 
-class Reader:
-    """A cursor over tokens. `group` reads what stands in brackets: it may be a whole answer."""
+def children(node: Node) -> Iterator[Node]:
+    """The nodes right below a node; the cells of a matrix, row by row."""
+    for arg in node.args:
+        if isinstance(arg, Node):
+            yield arg
+        else:
+            yield from arg
 
-    def __init__(self, tokens: list[Token], group: Callable[["Reader", str], Node]) -> None:
+
+class Reader:
+    """A cursor over tokens.
+
+    The readers of larger things come in as callables: `group` reads what a bracket opens, `listing` a whole answer,
+    `words` makes a node of tokens that are no mathematics.
+    """
+
+    def __init__(
+        self,
+        tokens: list[Token],
+        group: Callable[["Reader", str], Node],
+        listing: Callable[["Reader"], Node],
+        words: Callable[[list[Token]], Node],
+    ) -> None:
         self.tokens = tokens
         self.index = 0
         self.depth = 0
         self.bars = 0  # open | | pairs
         self.group = group
+        self.listing = listing
+        self.words = words
 
     def peek(self, ahead: int = 0) -> Token:
         index = self.index + ahead

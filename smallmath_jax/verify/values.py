@@ -7,6 +7,7 @@ one side writes an absolute value: then it tells the two apart.
 
 import dataclasses
 import itertools
+import math
 import random
 from fractions import Fraction
 
@@ -21,47 +22,50 @@ from smallmath_jax.verify.evaluate import (
     real,
 )
 from smallmath_jax.verify.policy import Policy
-from smallmath_jax.verify.trees import Node
+from smallmath_jax.verify.trees import Node, children
 
 VARIABLES = 24  # at most, in one comparison
 RELATIVE = 25  # digits that must agree
 _FLOOR = 40  # digits below the largest addend where a difference is cancellation noise
 
 
+# Ranges of coordinates, (low, high, kind of sign, whole numbers): tried in this order.
+_RANGES = (
+    (1.2, 3.2, "+", False),
+    (0.1, 3.5, "+-", False),
+    (0.1, 0.95, "+", False),
+    (0.2, 2.5, "-", False),
+    (2, 9, "+", True),
+    (0.1, 0.9, "-+", False),
+    (6, 20, "+", False),
+    (4, 15, "+", True),
+    (25, 60, "+", False),
+    (40, 90, "+", False),
+    (700, 990, "+", True),
+    (3_000, 8_000, "+-", True),
+)
+_ALWAYS = (
+    4  # points that are tried however the first ones turn out; the rest where those are not enough
+)
+
+
 def _points() -> list[list[Fraction]]:
-    """Eight points of 24 coordinates, fixed for all time."""
+    """A point of 24 coordinates for each range, fixed for all time."""
     draw = random.Random(20261122)
-    spans = [
-        (8, 23, 1),
-        (2, 40, 0),
-        (1, 12, 1),
-        (3, 30, -1),
-        (2, 9, 1),
-        (1, 12, 0),
-        (3, 14, 1),
-        (40, 190, 1),
-    ]
     points = []
-    for kind, (low, high, sign) in enumerate(spans):
-        bottom = {4: 1, 6: 1, 1: 11, 3: 11}.get(kind, 13 if kind in (2, 5) else 7)
+    for low, high, signs, whole in _RANGES:
+        bottoms = (1,) if whole else (7, 11, 13, 17, 9)
         point = []
         for index in range(VARIABLES):
-            top = draw.randrange(low, high) if bottom > 1 else low + index + draw.randrange(0, 2)
-            chosen = sign or (-1 if index % 2 == 0 else 1)
-            point.append(
-                Fraction(
-                    chosen * (top * VARIABLES + index if bottom > 1 else top),
-                    bottom * VARIABLES if bottom > 1 else 1,
-                )
-            )
+            bottom = bottoms[index % len(bottoms)]
+            top = draw.randint(math.ceil(low * bottom), math.floor(high * bottom))
+            sign = -1 if signs[index % len(signs)] == "-" else 1
+            point.append(Fraction(sign * (top if top % bottom or whole else top + 1), bottom))
         points.append(point)
     return points
 
 
 _POINTS = _points()
-_ALWAYS = (
-    4  # points that are tried however the first ones turn out; the rest where those are not enough
-)
 
 
 def free_variables(node: Node) -> set[str]:
@@ -69,9 +73,9 @@ def free_variables(node: Node) -> set[str]:
     if node.kind == "var":
         return {node.value}
     names: set[str] = set()
-    for arg in node.args:
-        names |= free_variables(arg)
-    return names
+    for child in children(node):
+        names |= free_variables(child)
+    return names - {node.value[1]} if node.kind == "series" else names
 
 
 def contains(node: Node, kind: str, value: str | None = None, size: int | None = None) -> bool:
@@ -79,7 +83,7 @@ def contains(node: Node, kind: str, value: str | None = None, size: int | None =
     here = node.kind == kind and (value is None or node.value == value)
     if here and (size is None or len(node.args) == size):
         return True
-    return any(contains(arg, kind, value, size) for arg in node.args)
+    return any(contains(child, kind, value, size) for child in children(node))
 
 
 def same_value(gold: Node, answer: Node, policy: Policy) -> bool:
@@ -115,6 +119,8 @@ def _same(gold: Node, answer: Node, gold_scope: Scope, answer_scope: Scope, poli
             return False
         if close(*values, gold_scope, answer_scope):
             return True
+        if gold_scope.unknown or answer_scope.unknown:
+            raise Undecided("a series that only stands for itself")
         return _rounded(gold, answer, values, policy) or _rounded(
             answer, gold, values[::-1], policy
         )
@@ -131,33 +137,50 @@ def _at_points(
     """Whether two trees agree wherever both have a value; raises Undecided where hardly anywhere both do."""
     if len(names) > VARIABLES:
         raise Undecided(f"more than {VARIABLES} variables")
+    stepped = any(
+        contains(node, "call", name) for node in (gold, answer) for name in ("floor", "ceil")
+    )
     absolute = contains(gold, "call", "abs") != contains(answer, "call", "abs")
-    usable = 0
+    usable, complex_pairs = 0, []
     for index, coordinates in enumerate(_POINTS):
-        if index >= _ALWAYS and usable >= 3:
+        if index >= (len(_POINTS) if stepped else _ALWAYS) and usable >= 3:
             break
         point = dict(zip(names, coordinates, strict=False))
-        told = [dataclasses.replace(scope, point=point) for scope in scopes]
+        told = (
+            dataclasses.replace(scopes[0], point=point),
+            dataclasses.replace(scopes[1], point=point),
+        )
         values = [_value(node, scope) for node, scope in zip((gold, answer), told, strict=True)]
-        if any(value is None for value in values):
-            if absolute and values != [None, None]:
+        unreal = [
+            value is None or _left_reals(scope) for value, scope in zip(values, told, strict=True)
+        ]
+        if any(unreal):
+            if absolute and not all(unreal):
                 return False
+            if None not in values:
+                complex_pairs.append((*values, told))
             continue
-        if not agree(values[0], values[1], (told[0], told[1])):
+        if not agree(*values, told):
+            if any(scope.unknown for scope in told):
+                raise Undecided("a series that only stands for itself")
             return False
         usable += 1
-    if usable < 2:
-        raise Undecided("hardly any point where both sides have a value")
+    if usable < 2 and not (len(complex_pairs) > 2 and all(agree(*pair) for pair in complex_pairs)):
+        raise Undecided("hardly any point where both sides have a real value")
     return True
 
 
 def _value(node: Node, scope: Scope) -> Number | None:
-    """The value at a point, None where there is none, or where a real expression leaves the reals."""
+    """The value at a point, None where there is none."""
     try:
-        value = evaluate(node, scope)
+        return evaluate(node, scope)
     except Undefined:
         return None
-    return None if scope.left_reals and not scope.imaginary else value
+
+
+def _left_reals(scope: Scope) -> bool:
+    """Whether a real expression has no real value here."""
+    return scope.left_reals and not scope.imaginary
 
 
 def close(first: Number, second: Number, *scopes: Scope) -> bool:
