@@ -43,7 +43,7 @@ def base(task: str, mode: str) -> ConfigDict:
             "grammar": "think_answer",
             "system": "auto",  # auto: the grammar's own instruction; "": none; else this text
             "prefix": "",  # text put after the generation prompt, for example "<think>"
-            "max_tokens": 96 if tiny else 1024,  # longer prompts are dropped and counted
+            "max_tokens": 64 if tiny else 1024,  # longer prompts are dropped and counted
         }
     )
     config.vision = ConfigDict(
@@ -56,7 +56,7 @@ def base(task: str, mode: str) -> ConfigDict:
     config.engine = ConfigDict(
         {
             "slots": 128 if tiny else 64,  # rows decoded together (per host)
-            "cache_length": 160 if tiny else 3072,
+            "cache_length": 128 if tiny else 3072,
             "prefill_chunk": 32 if tiny else 512,
             "decode_steps": 8 if tiny else 32,  # tokens between two looks at the queue
         }
@@ -72,7 +72,9 @@ def optimizer(learning_rate: float, **changes) -> ConfigDict:
     """AdamW settings; `schedule` is constant | linear | cosine, after `warmup_steps`."""
     settings = ConfigDict(
         {
+            "name": "adamw",  # adamw | muon (kernels by muon, the rest by AdamW)
             "learning_rate": learning_rate,
+            "muon_learning_rate": 0.02,
             "schedule": "constant",
             "warmup_steps": 0,
             "final_fraction": 0.0,  # of the learning rate, at the schedule's end
@@ -113,7 +115,7 @@ def sampling(max_tokens: int, temperature: float = 1.0) -> ConfigDict:
 def evaluation(mode: str) -> ConfigDict:
     """What an evaluation runs. `problems` are sources: files, hf:, tfds:, tiny:…, or benchmark names."""
     tiny = mode == "tiny"
-    max_tokens = 64 if tiny else 2048
+    max_tokens = 56 if tiny else 2048
     return ConfigDict(
         {
             "problems": ("tiny:test", "tiny:unseen") if tiny else ("math500",),
@@ -122,7 +124,9 @@ def evaluation(mode: str) -> ConfigDict:
             "samples": 1 if tiny else 0,  # sampled answers a problem, beside greedy
             "k": (1,),
             "sampling": sampling(max_tokens),
-            "headline": "sampled" if tiny else "greedy",  # which of the two is the report's accuracy
+            "headline": "sampled"
+            if tiny
+            else "greedy",  # which of the two is the report's accuracy
             "lenient": True,  # lenient extraction reported beside strict
         }
     )

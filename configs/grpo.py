@@ -23,7 +23,7 @@ def get_config(mode=None):
     config.grpo = grpo = ConfigDict()
     if tiny:
         grpo.data = ("tiny:train",)
-        grpo.problems = 4000
+        grpo.problems = 2000
     else:
         text = ("convert:math_train",)
         grpo.data = text + ("convert:geometry3k",) if vision else text
@@ -31,7 +31,7 @@ def get_config(mode=None):
     grpo.steps = 60 if tiny else 500
     grpo.prompts = 32 if tiny else 64  # prompts a step
     grpo.group_size = 8
-    grpo.sampling = common.sampling(64 if tiny else 2048)
+    grpo.sampling = common.sampling(56 if tiny else 2048)
     grpo.updates = 4 if tiny else 1  # optimiser updates a rollout batch, each on its own groups
     grpo.inner_epochs = 1  # mu: passes over a rollout batch
     grpo.denominator = "group"  # group (Adjusted GRPO) | printed | sequence | batch | constant
@@ -43,9 +43,9 @@ def get_config(mode=None):
     grpo.importance_cap = (
         0.0  # 0: off; 2.0: truncated importance weights from the sampler's log-probs
     )
-    grpo.row_length = 256 if tiny else 3072
-    grpo.row_patches = 64 if tiny else 4096
-    grpo.microbatch_rows = 8 if tiny else 16
+    grpo.row_length = 128 if tiny else 3072
+    grpo.row_patches = 32 if tiny else 4096
+    grpo.microbatch_rows = 16 if tiny else 16
     grpo.optimizer = common.optimizer(
         1e-4 if tiny else 1e-6, schedule="constant", warmup_steps=5 if tiny else 10
     )

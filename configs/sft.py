@@ -19,7 +19,7 @@ def sft_settings(mode: str):
     settings = ConfigDict()
     if tiny:
         settings.data = ("tiny:train",)
-        settings.problems = 24000
+        settings.problems = 8000
         settings.terse_share = (
             0.6  # of the cold start's solutions answer at once, the others work it out
         )
@@ -28,14 +28,15 @@ def sft_settings(mode: str):
         settings.data = ("convert:r1_onevision",) + text if vision else text
         settings.problems = 40000  # a source, drawn by seed; 0: all
         settings.terse_share = 0.0
-    settings.steps = 1500 if tiny else 0  # 0: from epochs
+    settings.steps = 1300 if tiny else 0  # 0: from epochs
     settings.epochs = 2
     settings.rows = 12 if tiny else 128  # packed rows a step
-    settings.row_length = 256 if tiny else 4096
-    settings.row_patches = 64 if tiny else 4096
+    settings.row_length = 128 if tiny else 4096
+    settings.row_patches = 32 if tiny else 4096
     settings.microbatch_rows = 12 if tiny else 16
     settings.optimizer = common.optimizer(
-        2e-3 if tiny else 1e-5,
+        3e-3 if tiny else 1e-5,
+        name="muon" if tiny else "adamw",
         schedule="cosine",
         warmup_steps=30 if tiny else 20,
         weight_decay=0.0 if tiny else 0.1,

@@ -40,7 +40,7 @@ SPLITS = ("train", "test", "unseen")
 GRAMMARS = ("think_answer", "code_steps")
 STYLES = ("worked", "terse")
 WORKED_PREFIX = "<think>Steps:\n"  # forces the worked style when put after the generation prompt
-LARGEST = 99  # no step of a problem leaves two digits
+LARGEST = 20  # of every step's value: few enough facts to learn in minutes
 TEST_SHARE = 0.2  # of the canonical problems
 
 OPERATORS = {

@@ -39,6 +39,7 @@ RULES: Rules = (
     (r"merger/fc2/bias$", P()),
     (r"(input_norm|post_norm|norm1|norm2|text/norm|ln_q)$", P()),
     (r"value_head/(kernel|bias)$", P()),
+    (r"ns_coeffs$", P()),  # of muon
 )
 
 _HEAD_LEAVES = (  # where `model` must cut between heads, and on which dimension of the leaf

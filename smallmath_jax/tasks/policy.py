@@ -17,6 +17,7 @@ from smallmath_jax.data.tokens import Tokens, load_tokens
 from smallmath_jax.models import folders, lora, weights
 from smallmath_jax.models.config import ModelConfig, tiny_config
 from smallmath_jax.models.qwen_vl import QwenVL
+from smallmath_jax.models.tree import map_named
 from smallmath_jax.parallel import mesh as meshes
 from smallmath_jax.parallel import rules
 from smallmath_jax.records import Problem, Prompt
@@ -134,9 +135,25 @@ def _tiny_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
         eos_ids=tokens.eos_ids,
         pad_id=tokens.pad_id,
     )
-    make = lambda: QwenVL(model_config, rngs=nnx.Rngs(config.seed))
+    make = lambda: _ready_to_learn(QwenVL(model_config, rngs=nnx.Rngs(config.seed)))
     model = jax.jit(make, out_shardings=rules.shardings(jax.eval_shape(make), mesh))()
     return Policy(model_config, tokens, _image_settings(config, model_config), model, None)
+
+
+def _ready_to_learn(model: QwenVL) -> QwenVL:
+    """Kernels of standard deviation 1 / sqrt(inputs), and blocks that begin as the identity.
+
+    The usual 0.02 suits widths of thousands; at width 128 it costs a third of the cold start.
+    """
+
+    def scaled(name: str, kernel: jax.Array) -> jax.Array:
+        if not name.endswith("/kernel"):
+            return kernel
+        if name.split("/")[-2] in ("o", "down", "proj"):
+            return jnp.zeros_like(kernel)
+        return kernel / kernel.std() * kernel.shape[-2] ** -0.5
+
+    return map_named(scaled, model)
 
 
 def _folder_policy(source: str, config: Any, mesh: jax.sharding.Mesh) -> Policy:

