@@ -85,7 +85,7 @@ class Checkpoints:
         A step that is there already is not written again.
 
         Args:
-            cursor: JSON-able, given back by `restore`.
+            cursor: JSON-able, given back by `restore` with "step" added.
             metrics: must hold `best_metric`, when there is one.
 
         Raises:
@@ -96,7 +96,7 @@ class Checkpoints:
         items = {
             "model": ocp.args.StandardSave(_by_name(state.model)),
             "rest": ocp.args.StandardSave(_rest(state)),
-            "cursor": ocp.args.JsonSave({"step": step, **(cursor or {})}),
+            "cursor": ocp.args.JsonSave({**(cursor or {}), "step": step}),
         }
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         write = lambda: self._manager.save(

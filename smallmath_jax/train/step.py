@@ -17,6 +17,7 @@ import optax
 from smallmath_jax.models.attention import AttentionFn, einsum_attention
 from smallmath_jax.models.qwen_vl import QwenVL, forward, head_matrix
 from smallmath_jax.models.tree import map_named, named_leaves
+from smallmath_jax.models.value_head import values
 from smallmath_jax.train import losses
 
 Array = jax.Array
@@ -117,8 +118,8 @@ def make_train_step(
         gradient, metrics = accumulate(objective, parameters, state.model, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, parameters)
         parameters = optax.apply_updates(parameters, updates)
-        metrics["grad_norm"] = optax.global_norm(gradient)
-        metrics["param_norm"] = optax.global_norm(parameters)
+        metrics["grad_norm"] = optax.tree.norm(gradient)
+        metrics["param_norm"] = optax.tree.norm(parameters)
         if schedule is not None:
             metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         model = join_trainable(state.model, parameters)
@@ -145,8 +146,8 @@ def make_objective(
         return losses.TOKEN_LOSSES[loss](scores, batch, **settings)
 
     def of_values(parameters: Mapping[str, Array], model: QwenVL, batch: Batch):
-        values = end_values(join_trainable(model, parameters), batch, compute, value_dropout)
-        return losses.VALUE_LOSSES[loss](values, batch, **settings)
+        found = end_values(join_trainable(model, parameters), batch, compute, value_dropout)
+        return losses.VALUE_LOSSES[loss](found, batch, **settings)
 
     return of_tokens if loss in losses.TOKEN_LOSSES else of_values
 
@@ -219,17 +220,12 @@ def default_head_chunk(vocab_size: int, rows: int) -> int:
 
 def end_values(model: QwenVL, batch: Batch, compute: Compute, dropout: float = 0.0) -> Array:
     """Raw value-head scores float32 [S] at the batch's `ends` [S, 2] (row, place), last token of what is judged."""
-    if model.value_head is None:
-        raise ValueError("this loss needs a value head and the model has none; add one first")
-    hidden = _hidden(model, batch, compute)
-    hidden = hidden[batch["ends"][:, 0], batch["ends"][:, 1]].astype(
-        jnp.promote_types(hidden.dtype, jnp.float32)
-    )
-    if dropout:
-        # Keyed by what is judged, not by its place: packing and microbatches change no mask (law 1).
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - dropout, hidden.shape[1:]))
-        hidden = jnp.where(keep(batch["dropout_keys"]), hidden / (1 - dropout), 0)
-    return model.value_head(hidden)[:, 0]
+    hidden = _hidden(model, batch, compute)[batch["ends"][:, 0], batch["ends"][:, 1]]
+    if not dropout:
+        return values(model, hidden)
+    # Masks are keyed by what is judged, not by its place: packing and microbatches change none (law 1).
+    value = lambda hidden, key: values(model, hidden, dropout=dropout, key=key)
+    return jax.vmap(value)(hidden, batch["dropout_keys"])
 
 
 def _hidden(model: QwenVL, batch: Batch, compute: Compute) -> Array:
