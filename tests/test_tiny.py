@@ -86,11 +86,9 @@ def test_every_shown_step_is_true_and_leads_to_the_answer(problems):
         ("half_area", {"p": 14, "w": 5}, "10"),
         ("remainder_both", {"a": 8, "b": 4, "c": 12, "k": 7}, "2"),
         ("same_color", {"a": 4, "b": 3}, "9"),
-        ("chance", {"a": 3, "b": 5}, "3/8"),
-        ("digits", {"a": 47}, "11"),
         ("multiple", {"k": 9, "a": 78}, "72"),
         ("function", {"k": 7, "a": 3, "m": 4, "c": 10}, "21"),
-        ("squares_pairs", {"n": 5}, "10"),
+        ("pairs", {"n": 5}, "10"),
     ],
 )
 def test_templates_compute_what_they_say(problems, name, numbers, expected):
@@ -104,7 +102,7 @@ def test_subjects_levels_and_pictures_are_balanced():
     subjects = Counter(problem.subject for problem in rows)
     levels = Counter(problem.level for problem in rows)
     assert set(subjects) == set(SUBJECTS) and set(levels) == {1, 2, 3, 4, 5}
-    assert min(subjects.values()) > 120 and min(levels.values()) > 80
+    assert min(subjects.values()) > 70 and min(levels.values()) > 80
     assert 0.28 < np.mean([bool(problem.images) for problem in rows]) < 0.38
     text_only = tiny.tiny_problems("train", 50, seed=1, image_share=0)
     assert not any(problem.images for problem in text_only)
