@@ -7,7 +7,7 @@ cut for each device and written into its buffer in place, then freed.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,13 +32,74 @@ class Source:
     offset: int
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(buffer, block, start, 0)
-
-
 def fill(shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype, source: Source) -> jax.Array:
-    """One leaf on its devices, `sharding` and `dtype` as given. On many hosts each reads what its own devices hold."""
+    """One leaf on its devices, `sharding` and `dtype` as given. On many hosts each reads what its own devices hold.
+
+    All devices advance together: block after block of their part of the first axis is read, sent and written into the
+    buffers in place. A leaf of one block is sent as it is.
+    """
+    rows = sharding.shard_shape(shape)[0]
+    parts = shape[0] // rows
+    row_bytes = math.prod(shape[1:]) * source.stored[0].dtype.itemsize
+    step = min(rows, max(1, BLOCK_BYTES // (row_bytes * parts)))
+    if source.kind != "same" and not source.stacked:
+        step = rows  # the first axis is the file's second: no gain from cutting it
+    if step == rows:
+        return _send(shape, sharding, dtype, source, 0, rows, False)
+    turned = source.kind == "matrix"
+    write = _writer(sharding, len(shape), turned)
+    buffer = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        block = _send(shape, sharding, dtype, source, first, last, turned)
+        buffer = write(buffer, block, np.int32(first))
+        buffer.block_until_ready()  # then the host copy can go before the next is read
+    return buffer
+
+
+@functools.cache
+def _writer(sharding: Sharding, ndim: int, turned: bool) -> Callable[..., jax.Array]:
+    """(buffer, block, start) -> buffer: the block written in place, on every device at the same row of its part."""
+
+    def write(buffer: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+        dtype = buffer.dtype
+        # as integers: a copy and nothing else, where a CPU would widen bf16 to compute with it
+        bits = jnp.uint16 if dtype.itemsize == 2 else jnp.uint32
+        buffer, block = (jax.lax.bitcast_convert_type(x, bits) for x in (buffer, block))
+        if turned:
+            block = block.swapaxes(1, 2)
+        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, block, start, 0)
+        return jax.lax.bitcast_convert_type(buffer, dtype)
+
+    if isinstance(sharding, NamedSharding):
+        whole, part = sharding, _block_sharding(sharding, ndim, turned)
+        specs = (whole.spec, part.spec, PartitionSpec())
+        write = jax.shard_map(
+            write, mesh=sharding.mesh, in_specs=specs, out_specs=whole.spec, check_vma=False
+        )
+    return jax.jit(write, donate_argnums=0)
+
+
+def _block_sharding(sharding: Sharding, ndim: int, turned: bool) -> Sharding:
+    if not isinstance(sharding, NamedSharding) or not turned:
+        return sharding
+    first, second, third = (*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(first, third, second))
+
+
+def _send(
+    shape: tuple[int, ...],
+    sharding: Sharding,
+    dtype: np.dtype,
+    source: Source,
+    first: int,
+    last: int,
+    turned: bool,
+) -> jax.Array:
+    """Rows first:last of every device's part of a leaf, put together: [parts * (last - first), *shape[1:]].
+
+    `turned` leaves the last two axes as they are in the file: the device turns them, numpy is slow at it.
+    """
     boxes: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # replicas share a box
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         box = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -47,42 +108,20 @@ def fill(shape: tuple[int, ...], sharding: Sharding, dtype: np.dtype, source: So
         (min(box[axis][0] for box in boxes), max(box[axis][1] for box in boxes))
         for axis in range(len(shape))
     ]
-    buffers: dict[jax.Device, jax.Array] = {}
-    for first, last in _blocks(boxes, shape, source):
-        block = _read(source, shape, first, last, spans)
-        for box, devices in boxes.items():
-            start, stop = box[0]
-            if first < start or stop < last:
-                continue
+    pieces: dict[jax.Device, jax.Array] = {}
+    for start in sorted({box[0][0] for box in boxes}):
+        block = _read(source, shape, start + first, start + last, spans)
+        for box in (box for box in boxes if box[0][0] == start):
             inner = [slice(a - s, b - s) for (a, b), (s, _) in zip(box[1:], spans[1:], strict=True)]
-            cut = block[(slice(None), *inner)].astype(dtype, order="C")
-            for device in devices:
-                if (first, last) == (start, stop):
-                    buffers[device] = jax.device_put(cut, device)
-                    continue
-                if first == start:
-                    size = tuple(high - low for low, high in box)
-                    buffers[device] = jnp.zeros(size, dtype, device=device)
-                buffers[device] = _put(buffers[device], cut, np.int32(first - start))
-        jax.block_until_ready(buffers)  # so that the host copy can go before the next is read
-    ordered = [buffers[device] for device in sharding.addressable_devices_indices_map(shape)]
-    return jax.make_array_from_single_device_arrays(shape, sharding, ordered)
-
-
-def _blocks(
-    boxes: Iterable[tuple[tuple[int, int], ...]], shape: tuple[int, ...], source: Source
-) -> list[tuple[int, int]]:
-    """Ranges of the leaf's first axis to read one after another; none crosses a shard's border."""
-    ranges = sorted({box[0] for box in boxes})
-    if source.kind != "same" and not source.stacked:
-        return ranges  # the first axis is the file's second: no gain from cutting it
-    row_bytes = math.prod(shape[1:]) * source.stored[0].dtype.itemsize
-    step = max(1, BLOCK_BYTES // row_bytes)
-    return [
-        (first, min(first + step, stop))
-        for start, stop in ranges
-        for first in range(start, stop, step)
-    ]
+            cut = block[(slice(None), *inner)]
+            cut = (cut.swapaxes(1, 2) if turned else cut).astype(dtype, order="C")
+            for device in boxes[box]:  # a copy: buffers that may be donated own their memory
+                pieces[device] = jax.device_put(cut, device, may_alias=False)
+    ordered = [pieces[device] for device in sharding.addressable_devices_indices_map(shape)]
+    count = (last - first) * (shape[0] // sharding.shard_shape(shape)[0])
+    size = (count, *shape[1:]) if not turned else (count, shape[2], shape[1])
+    place = _block_sharding(sharding, len(shape), turned)
+    return jax.make_array_from_single_device_arrays(size, place, ordered)
 
 
 def _read(
@@ -95,14 +134,15 @@ def _read(
     axis = 1 if source.kind == "same" else len(shape) - 1  # ours that is the file's first
     low, high = (source.offset + end for end in spans[axis])
     layers = source.stored[first:last] if source.stacked else source.stored
-    blocks = [tensors.read_rows(stored, low, high) for stored in layers]
+    inner = layers[0].shape[1:]
+    block = np.empty((len(layers), high - low, *inner), layers[0].dtype)
+    for stored, rows in zip(layers, block, strict=True):
+        tensors.read_rows(stored, low, high, into=rows)
     if source.kind != "same":
-        # [out, ...] -> [in, out], a view
-        blocks = [block.reshape(high - low, -1).T for block in blocks]
+        block = block.reshape(len(layers), high - low, -1).swapaxes(1, 2)  # to [in, out], a view
     if not source.stacked:
-        return blocks[0][first:last]
-    block = blocks[0][None] if len(blocks) == 1 else np.stack(blocks)
-    return block[:, slice(*spans[1])] if source.kind != "same" else block
+        return block[0, first:last]
+    return block if source.kind == "same" else block[:, slice(*spans[1])]
 
 
 def stream(entries: Mapping[str, Published], leaves: Mapping[str, Any]) -> Iterator[np.ndarray]:
@@ -140,14 +180,16 @@ def fetch(leaf: Any, first: int, count: int) -> np.ndarray:
     if not leaf.is_fully_addressable:
         gathered = _gather(leaf.sharding.mesh)(leaf, np.int32(first), count)
         return np.asarray(gathered.addressable_data(0))
+    if leaf.nbytes <= _SMALL_BYTES:
+        return np.asarray(leaf)[first : first + count]
+    if leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0]:
+        return np.asarray(_rows(leaf, np.int32(first), count))
+    # cut along the axis we slice: device by device, because a sliced program would gather all of it
     result = np.empty((count, *leaf.shape[1:]), leaf.dtype)
     for shard in leaf.addressable_shards:
         start, stop, _ = shard.index[0].indices(leaf.shape[0])
         low, high = max(start, first), min(stop, first + count)
         if shard.replica_id == 0 and low < high:
-            if shard.data.nbytes <= _SMALL_BYTES:
-                part = np.asarray(shard.data)[low - start : high - start]
-            else:
-                part = _rows(shard.data, np.int32(low - start), high - low)
+            part = _rows(shard.data, np.int32(low - start), high - low)
             result[(slice(low - first, high - first), *shard.index[1:])] = part
     return result

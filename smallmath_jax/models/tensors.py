@@ -15,6 +15,7 @@ from typing import IO
 import fsspec
 import ml_dtypes
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -89,11 +90,15 @@ def _torn(file: str, wanted: int, size: int) -> str:
     )
 
 
-def read_rows(stored: Stored, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows start:stop of a tensor's first axis, in its own dtype: [stop - start, *shape[1:]]."""
+def read_rows(
+    stored: Stored, start: int = 0, stop: int | None = None, into: np.ndarray | None = None
+) -> np.ndarray:
+    """Rows start:stop of a tensor's first axis, in its own dtype: [stop - start, *shape[1:]], read into `into`."""
     stop = stored.shape[0] if stop is None else stop
+    if into is None:
+        into = np.empty((stop - start, *stored.shape[1:]), stored.dtype)
+    data = into.reshape(-1).view(np.uint8)
     row_bytes = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-    data = np.empty((stop - start) * row_bytes, np.uint8)
     fs, path = filesystem(stored.file)
     offset = stored.start + start * row_bytes
 
@@ -101,14 +106,18 @@ def read_rows(stored: Stored, start: int = 0, stop: int | None = None) -> np.nda
         last = min(first + _CHUNK, data.size)
         data[first:last] = np.frombuffer(fs.cat_file(path, offset + first, offset + last), np.uint8)
 
-    firsts = range(0, data.size, _CHUNK)
-    if len(firsts) <= 1:
-        for first in firsts:
-            fill(first)
-    else:
+    if isinstance(fs, LocalFileSystem):
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            rest = memoryview(data)
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+        if rest:
+            raise ValueError(f"{stored.file}: torn file: it became shorter while it was read")
+    elif data.size:
         with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(fill, firsts))
-    return data.view(stored.dtype).reshape(stop - start, *stored.shape[1:])
+            list(pool.map(fill, range(0, data.size, _CHUNK)))
+    return into
 
 
 def write_file(
