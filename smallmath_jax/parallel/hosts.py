@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from smallmath_jax.parallel.mesh import make_mesh
+from smallmath_jax.parallel.mesh import local_mesh, make_mesh
 from smallmath_jax.parallel.rules import batch_sharding, shardings
 
 HANG_EXIT_CODE = 86  # a supervisor can tell a hang from a crash, and start the run again
@@ -146,10 +146,10 @@ def local_copy(model: Any, dtype: Any = jnp.bfloat16, tensor_parallel: int = 1) 
     """A whole copy of the weights for this host's rollouts: on its own devices, no other host in its programs.
 
     With `tensor_parallel` = 1 every device of the host holds all of it; else heads, MLP and vocabulary are cut over
-    that many devices of the host. The result lives on `make_mesh(-1, 1, tensor_parallel, jax.local_devices())`.
+    that many devices of the host. The result lives on `local_mesh(tensor_parallel)`.
     Every host must call this together: the weights are gathered across hosts once, in `dtype`.
     """
-    local = make_mesh(-1, 1, tensor_parallel, jax.local_devices())
+    local = local_mesh(tensor_parallel)
     whole = make_mesh(-1, 1, tensor_parallel, sorted(jax.devices(), key=_by_host))
     copy = jax.jit(
         lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree),

@@ -59,9 +59,9 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def local_mesh(model: int = 1, fsdp: int = 1) -> Mesh:
-    """A mesh over this host's own devices: the rollout engine of one host never talks to another."""
-    return make_mesh(data=-1, fsdp=fsdp, model=model, devices=jax.local_devices())
+def local_mesh(model: int = 1) -> Mesh:
+    """A mesh (data = the rest, 1, model) over this host's own devices: its engine never talks to another host."""
+    return make_mesh(data=-1, fsdp=1, model=model, devices=jax.local_devices())
 
 
 def batch_shards(mesh: Mesh) -> int:
