@@ -6,6 +6,7 @@ import shutil
 
 import fsspec
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
 import tiny_hf
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smallmath_jax.data.images import ImageSettings, patchify
-from smallmath_jax.models import folders, tensors, weights
+from smallmath_jax.models import folders, lora, tensors, weights
 from smallmath_jax.models.tree import named_leaves
 
 
@@ -169,6 +170,15 @@ def test_a_hub_name_is_downloaded_and_read(saved, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(saved))
     _, config = weights.import_folder("Qwen/Qwen2.5-Math-7B")
     assert config.family == "qwen2"
+
+
+def test_lora_must_be_merged_first(saved, tmp_path):
+    model, config = weights.import_folder(saved)
+    adapted = lora.add_lora(model, 2, 4.0, "text/layers/q", jax.random.key(0))
+    with pytest.raises(ValueError, match="merge_lora"):
+        weights.export_folder(adapted, config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    weights.export_folder(lora.merge_lora(adapted), config, tmp_path / "out")
 
 
 def test_an_export_appears_whole_or_not_at_all(saved, tmp_path, monkeypatch):

@@ -10,14 +10,13 @@ import pytest
 import tiny_hf
 import torch
 import transformers
-from flax import nnx
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smallmath_jax.models import streaming, weight_table, weights
 from smallmath_jax.models.config import from_hf
-from smallmath_jax.models.layers import Linear
 from smallmath_jax.models.tree import named_leaves
+from smallmath_jax.models.value_head import add_value_head
 
 # Exact parameter counts and tensor counts of the published files.
 PUBLISHED = {
@@ -311,7 +310,7 @@ def test_value_head_lies_in_a_file_of_its_own(tmp_path):
     model = tiny_hf.make("qwen2_tied")
     model.save_pretrained(tmp_path / "in")
     ours, config = weights.import_folder(tmp_path / "in")
-    ours.value_head = nnx.data(Linear(config.text.hidden_size, 1, bias=True, rngs=nnx.Rngs(7)))
+    ours = add_value_head(ours, jax.random.key(7))
     weights.export_folder(ours, config, tmp_path / "out", source=tmp_path / "in")
     head = load_file(tmp_path / "out/value_head.safetensors")
     assert {name: tuple(t.shape) for name, t in head.items()} == {

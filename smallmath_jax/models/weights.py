@@ -14,15 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from smallmath_jax.data.images import ImageSettings
 from smallmath_jax.models import companions, folders, streaming, tensors
 from smallmath_jax.models.config import ModelConfig
-from smallmath_jax.models.layers import Linear
 from smallmath_jax.models.qwen_vl import QwenVL, abstract_model
 from smallmath_jax.models.tree import map_named, named_leaves
+from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.models.weight_table import (
     RECOMPUTED,
     TABLES,
@@ -76,7 +75,7 @@ def import_folder(
     model = abstract_model(config)
     has_value_head = folders.VALUE_HEAD in folders.names(folder)
     if has_value_head:
-        model.value_head = nnx.data(_abstract_value_head(config))
+        model = jax.eval_shape(add_value_head, model, jax.random.key(0))
     shapes = {name: leaf.shape for name, leaf in named_leaves(model)}
     wanted = published(TABLES[config.family], config, shapes)
     found = _match(folder, config, wanted, folders.stored_tensors(folder))
@@ -168,11 +167,6 @@ def export_folder(
             image_settings=image_settings,
         )
     return path
-
-
-def _abstract_value_head(config: ModelConfig) -> Linear:
-    make = lambda key: Linear(config.text.hidden_size, 1, bias=True, rngs=nnx.Rngs(key))
-    return jax.eval_shape(make, jax.random.key(0))
 
 
 def _match(
