@@ -20,13 +20,14 @@ def sft_settings(mode: str):
     if tiny:
         settings.data = ("tiny:train",)
         settings.problems = 8000
-        settings.terse_share = (
-            0.6  # of the cold start's solutions answer at once, the others work it out
-        )
+        # The cold-start mixture: worked solutions alone, then 55 % of them replaced by terse ones (the answer at once).
+        settings.worked_steps = 1000
+        settings.terse_share = 0.55
     else:
         text = ("convert:openr1_math",)
         settings.data = ("convert:r1_onevision",) + text if vision else text
         settings.problems = 40000  # a source, drawn by seed; 0: all
+        settings.worked_steps = 0
         settings.terse_share = 0.0
     settings.steps = 1300 if tiny else 0  # 0: from epochs
     settings.epochs = 2

@@ -63,19 +63,9 @@ def fine_tune(
         return dataclasses.replace(
             policy, model=restore_model(folder / "checkpoints", policy.model, mesh)
         )
-    sequences, problems, left_out = load_sequences(policy, config)
-    get = lambda index: with_pixels(sequences[index], problems[index], policy)
-    plan = plan_rows(
-        [len(sequence.token_ids) for sequence in sequences],
-        [sequence.patches for sequence in sequences],
-        [float(sequence.weights.sum()) for sequence in sequences],
-        row_length=settings.row_length,
-        row_patches=settings.row_patches if policy.config.vision is not None else 0,
-        rows_per_step=settings.rows,
-        over="drop",
-    )
-    total = settings.steps or settings.epochs * plan.steps_per_epoch
-    _announce(sequences, plan, left_out, total)
+    lessons, left_out = load_lessons(policy, config)
+    total = settings.steps or settings.epochs * lessons[-1].plan.steps_per_epoch
+    _announce(lessons[-1], left_out, total)
     trainer = training.make_trainer(
         policy,
         config,
@@ -89,7 +79,8 @@ def fine_tune(
         state = stage.restore_or_start()
         seen, since, shown = 0, time.perf_counter(), {}
         for step in range(stage.first, total):
-            rows = sft_rows(get, plan, config.seed, step)
+            phase = lessons[0] if step < settings.worked_steps else lessons[-1]
+            rows = phase.rows(policy, config.seed, step)
             state, metrics = trainer.step_rows(state, rows)
             tokens = sum(len(sequence.token_ids) for row in rows for sequence in row)
             seen += tokens
@@ -104,10 +95,26 @@ def fine_tune(
         return dataclasses.replace(policy, model=state.model)
 
 
-def load_sequences(
-    policy: Policy, config: Any
-) -> tuple[list[Sequence], list[Problem], dict[str, int]]:
-    """Every problem with a solution, as prompt and completion; what does not fit is counted."""
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """What a phase teaches: sequences, the problems they come from (for their pictures), and their packing."""
+
+    sequences: list[Sequence]
+    problems: list[Problem]
+    plan: RowPlan
+
+    def rows(self, policy: Policy, seed: int, step: int) -> list[list[Sequence]]:
+        """The packed rows of a step, weights summing to 1."""
+        get = lambda index: with_pixels(self.sequences[index], self.problems[index], policy)
+        return sft_rows(get, self.plan, seed, step)
+
+
+def load_lessons(policy: Policy, config: Any) -> tuple[list[Lessons], dict[str, int]]:
+    """The lessons of `config.sft`, and what was left out by reason.
+
+    One phase, or two where `worked_steps` > 0: embedded problems are then first taught with worked solutions only, and
+    from that step on a share `terse_share` of them with terse ones.
+    """
     settings = config.sft
     problems = [
         problem
@@ -115,40 +122,56 @@ def load_sequences(
         for problem in load_problems(source, limit=settings.problems or None, seed=config.seed)
     ]
     kept, prompts, left_out = prompts_for(problems, policy, config, prefix="")
-    sequences, taught = [], []
-    for problem, prompt in zip(kept, prompts, strict=True):
-        text = solution_text(problem, config)
-        if text is None:
-            left_out["no_solution"] = left_out.get("no_solution", 0) + 1
-            continue
-        sequences.append(make_sequence(prompt, completion_ids(text, policy.tokens)))
-        taught.append(problem)
-    if not sequences:
-        raise ValueError(
-            f"sft.data: none of {len(problems)} problems can be trained on; left out: {left_out}"
-        )
-    return sequences, taught, left_out
+    shares = [0.0, settings.terse_share] if settings.worked_steps else [settings.terse_share]
+    lessons = []
+    for share in shares:
+        texts = [solution_text(problem, config, share) for problem in kept]
+        taught = [
+            (problem, make_sequence(prompt, completion_ids(text, policy.tokens)))
+            for problem, prompt, text in zip(kept, prompts, texts, strict=True)
+            if text is not None
+        ]
+        if not taught:
+            raise ValueError(
+                f"sft.data: none of {len(problems)} problems can be trained on; left out: {left_out}"
+            )
+        lessons.append(_pack_lessons(taught, policy, settings))
+    if len(taught) < len(kept):
+        left_out = {**left_out, "no_solution": len(kept) - len(taught)}
+    return lessons, left_out
 
 
-def solution_text(problem: Problem, config: Any) -> str | None:
+def _pack_lessons(taught: list[tuple[Problem, Sequence]], policy: Policy, settings: Any) -> Lessons:
+    sequences = [sequence for _, sequence in taught]
+    plan = plan_rows(
+        [len(sequence.token_ids) for sequence in sequences],
+        [sequence.patches for sequence in sequences],
+        [float(sequence.weights.sum()) for sequence in sequences],
+        row_length=settings.row_length,
+        row_patches=settings.row_patches if policy.config.vision is not None else 0,
+        rows_per_step=settings.rows,
+        over="drop",
+    )
+    return Lessons(sequences, [problem for problem, _ in taught], plan)
+
+
+def solution_text(problem: Problem, config: Any, terse_share: float) -> str | None:
     """The completion to learn, in the config's grammar. Embedded problems have a style drawn by the problem's id."""
     if problem.source == "tiny":
-        share = draw_key(config.seed, "style", problem.id)[0] / 2**32
-        style = "terse" if share < config.sft.terse_share else "worked"
-        return worked_solution(problem, config.prompt.grammar, style)
+        terse = draw_key(config.seed, "style", problem.id)[0] / 2**32 < terse_share
+        return worked_solution(problem, config.prompt.grammar, "terse" if terse else "worked")
     if not problem.solution:
         return None
     return format_completion(problem.solution, problem.answer, GRAMMARS[config.prompt.grammar])
 
 
-def _announce(
-    sequences: list[Sequence], plan: RowPlan, left_out: dict[str, int], total: int
-) -> None:
+def _announce(lessons: Lessons, left_out: dict[str, int], total: int) -> None:
+    plan = lessons.plan
     if plan.dropped:
         left_out = {**left_out, "longer_than_a_row": len(plan.dropped)}
-    tokens = np.sum([len(sequence.token_ids) for sequence in sequences])
+    tokens = np.sum([len(sequence.token_ids) for sequence in lessons.sequences])
     runs.say(
-        f"SFT: {len(sequences)} solutions, {tokens:,} tokens in {len(plan.rows)} rows, {total} steps"
+        f"SFT: {len(lessons.sequences)} solutions, {tokens:,} tokens in {len(plan.rows)} rows, {total} steps"
         + (f"; left out {left_out}" if left_out else "")
     )
 
