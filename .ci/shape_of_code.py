@@ -14,7 +14,9 @@ def depth(node: ast.AST, level: int = 0) -> int:
     for child in ast.iter_child_nodes(node):
         inner = level
         if isinstance(child, BLOCKS):
-            chained = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+            chained = (
+                isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+            )
             inner = level if chained else level + 1
         deepest = max(deepest, depth(child, inner))
     return deepest
@@ -29,13 +31,21 @@ def complaints(path: pathlib.Path) -> list[str]:
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
             if lines > FUNCTION_LINES:
-                found.append(f"{path}:{node.lineno} {node.name}: {lines} lines, at most {FUNCTION_LINES}")
+                found.append(
+                    f"{path}:{node.lineno} {node.name}: {lines} lines, at most {FUNCTION_LINES}"
+                )
             if depth(node) > NESTING:
-                found.append(f"{path}:{node.lineno} {node.name}: nested {depth(node)} deep, at most {NESTING}")
+                found.append(
+                    f"{path}:{node.lineno} {node.name}: nested {depth(node)} deep, at most {NESTING}"
+                )
     return found
 
 
 if __name__ == "__main__":
-    everything = [line for path in sorted(pathlib.Path("smallmath_jax").rglob("*.py")) for line in complaints(path)]
+    everything = [
+        line
+        for path in sorted(pathlib.Path("smallmath_jax").rglob("*.py"))
+        for line in complaints(path)
+    ]
     print("\n".join(everything) or "sizes: fine")
     sys.exit(bool(everything))

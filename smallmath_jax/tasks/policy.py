@@ -72,7 +72,10 @@ def base_model(workdir: str) -> str:
 
 def run_config(workdir: str) -> dict[str, Any]:
     """The resolved config a run wrote. Raises FileNotFoundError when `workdir` is no run."""
-    path = epath.Path(workdir) / "config.json"
+    root = epath.Path(workdir)
+    path = root / "config.json"
+    if not path.exists() and root.name == "sft":  # the cold start of a GRPO run
+        path = root.parent / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"init_from={workdir}: no config.json there, so it is not a run's workdir; "
