@@ -11,6 +11,7 @@ import torch
 from smallmath_jax.train.optim import decays, make_optimizer, make_schedule
 
 SETTINGS = dict(
+    name="adamw",
     learning_rate=0.01,
     schedule="constant",
     warmup_steps=0,
@@ -99,3 +100,38 @@ def test_norms_and_biases_do_not_decay():
     ]
     found = decays(dict.fromkeys(names + still))
     assert [name for name, decay in found.items() if decay] == names
+
+
+def test_muon_orthogonalises_each_layers_kernel_and_leaves_the_rest_to_adam():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "q/kernel": (2, 6, 4),
+        "norm": (6,),
+        "text/embed": (9, 6),
+        "value_head/kernel": (6, 1),
+    }
+    draw = lambda: {
+        name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()
+    }
+    start, gradient = draw(), draw()
+
+    def first(optimizer):
+        run = lambda gradient: optimizer.update(gradient, optimizer.init(start), start)[0]
+        return jax.device_get(jax.jit(run)(gradient))
+
+    muon = first(make_optimizer(settings(name="muon", muon_learning_rate=0.02), 5)[0])
+    for layer in range(2):
+        left, _, right = np.linalg.svd(gradient["q/kernel"][layer], full_matrices=False)
+        turned = (
+            -left.T @ muon["q/kernel"][layer] @ right.T
+        )  # diagonal: the gradient's own directions
+        sizes = np.diag(turned)
+        assert (
+            sizes.min() > 0.5 * sizes.max() > 0
+        )  # all about as far, however small their singular value
+        assert np.abs(turned - np.diag(sizes)).max() < 0.05 * sizes.max()
+    adam = first(optax.adamw(0.01, b2=0.99, weight_decay=0.0, nesterov=True))
+    for name in ("norm", "text/embed", "value_head/kernel"):
+        np.testing.assert_allclose(muon[name], adam[name], rtol=1e-5)
+    with pytest.raises(ValueError, match="known: adamw, muon"):
+        make_optimizer(settings(name="adam"), 5)
