@@ -317,8 +317,9 @@ def update(
                 for index, sequence in sequences.items()
                 if mask[index]
             ]
-            state, metrics = trainer.step(state, weighted)
-            collected.append(metrics)
+            if weighted:  # a model that solves all it is asked, or nothing, is taught nothing
+                state, metrics = trainer.step(state, weighted)
+                collected.append(metrics)
     return state, grpo_metrics.mean_metrics(collected)
 
 

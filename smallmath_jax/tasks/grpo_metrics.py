@@ -46,7 +46,7 @@ def mean_metrics(collected: list[dict[str, jax.Array]]) -> dict[str, float]:
     """Metrics of several updates as one: means, but minima and maxima of names that say so."""
     collected = jax.device_get(collected)
     combined = {}
-    for name in collected[0]:
+    for name in collected[0] if collected else ():
         values = [float(metrics[name]) for metrics in collected if name in metrics]
         last = name.rsplit("/", 1)[-1]
         combine = np.min if last.endswith("min") else np.max if last.endswith("max") else np.mean
