@@ -1,10 +1,10 @@
-"""Holds the package to its own size limits: files <= 450 lines, functions <= 80 (60 is the aim), nesting <= 5."""
+"""Holds the package to its own size limits: files <= 550 lines (450 is the aim), functions <= 80 (60 is the aim), nesting <= 5."""
 
 import ast
 import pathlib
 import sys
 
-FILE_LINES, FUNCTION_LINES, NESTING = 450, 80, 5
+FILE_LINES, FUNCTION_LINES, NESTING = 550, 80, 5
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try)
 
 
