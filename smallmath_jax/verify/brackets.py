@@ -1,7 +1,7 @@
 """What stands in brackets: grouped expressions, tuples, intervals, sets, builders, matrices, piecewise tables."""
 
 from smallmath_jax.verify.normalise import Token, Unreadable
-from smallmath_jax.verify.trees import DEPTH, Node, Reader, group_tokens
+from smallmath_jax.verify.trees import DEPTH, Node, Reader, group_tokens, scalar
 
 
 def group(reader: Reader, opening: str) -> Node:
@@ -29,6 +29,8 @@ def _brace(reader: Reader) -> Node:
     if reader.take("}"):
         raise Unreadable("an empty group")
     node = reader.listing(reader)
+    if reader.take("choose"):
+        node = Node("call", (scalar(node), scalar(reader.listing(reader))), "binom")
     reader.need("}")
     return Node("set", node.args) if node.kind == "list" else node
 

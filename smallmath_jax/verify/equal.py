@@ -8,12 +8,12 @@ import itertools
 from collections.abc import Callable
 from fractions import Fraction
 
-from smallmath_jax.verify import regions
+from smallmath_jax.verify import regions, units
 from smallmath_jax.verify.evaluate import Undecided
 from smallmath_jax.verify.policy import Policy
 from smallmath_jax.verify.transform import expand_signs, fold_matrices, has_signs
-from smallmath_jax.verify.trees import SCALARS, Node, number
-from smallmath_jax.verify.values import constant, contains, free_variables, proportional, same_value
+from smallmath_jax.verify.trees import SCALARS, Node, free_variables, number, survey
+from smallmath_jax.verify.values import constant, proportional, same_value
 
 ITEMS = 60  # of an unordered list
 _FLIPPED = {">": "<", ">=": "<="}
@@ -63,7 +63,7 @@ def _is_name(side: Node, *others: Node) -> bool:
     if side.kind == "div" and _differential(side):
         return True
     if side.kind == "opaque" and all(arg.kind == "var" for arg in side.args):  # f(x) = ...
-        return not any(contains(other, "opaque", side.value) for other in others)
+        return not any("opaque" in survey(other).traits for other in others)
     return side.kind == "var" and not any(side.value in free_variables(other) for other in others)
 
 
@@ -122,6 +122,7 @@ def _equal_both(gold: Node, answer: Node, policy: Policy) -> bool:
 
 def _equal_quantities(gold: Node, answer: Node, policy: Policy) -> bool:
     """Values with units: where both units are known they must measure the same kind of thing."""
+    gold, answer = _with_unit(gold, answer), _with_unit(answer, gold)
     values = [node.args[0] if node.kind == "quantity" else node for node in (gold, answer)]
     if gold.kind == answer.kind and policy.match_units:
         first, second = gold.value, answer.value
@@ -132,6 +133,17 @@ def _equal_quantities(gold: Node, answer: Node, policy: Policy) -> bool:
             if scale != 1:
                 values[1] = Node("mul", (values[1], number(scale)))
     return _equal_values(values[0], values[1], policy)
+
+
+def _with_unit(node: Node, other: Node) -> Node:
+    """`5 m` beside `5 metres`: the letter that ends a product is the unit the other side has."""
+    if other.kind != "quantity" or node.kind != "mul" or node.args[-1].kind != "var":
+        return node
+    unit = units.UNITS.get(node.args[-1].value)
+    if unit is None or unit.powers != other.value.powers:
+        return node
+    rest = node.args[:-1]
+    return Node("quantity", (rest[0] if len(rest) == 1 else Node("mul", rest),), unit)
 
 
 def _is_chain(node: Node) -> bool:

@@ -21,6 +21,7 @@ from smallmath_jax.verify.trees import Node
 DIGITS = 50  # of inexact arithmetic
 BITS = 20_000  # of an exact numerator or denominator
 EXACT_FACTORIAL = 3_000
+STEPS = 5_000  # nodes evaluated for one value
 HUGE = 10**15  # largest argument of a factorial, largest exponent of a power
 
 Number = Any  # int, Fraction, mpmath mpf or mpc
@@ -30,6 +31,10 @@ _local = threading.local()
 
 class Undecided(ValueError):
     """A value that these bounds, or this arithmetic, cannot give."""
+
+
+class TooLarge(Undecided):
+    """A value or a computation beyond these bounds: no second opinion would fare better."""
 
 
 class Undefined(ValueError):
@@ -49,6 +54,7 @@ class Scope:
     imaginary: bool = False  # i was written
     left_reals: bool = False  # a root or logarithm of a negative number was taken
     unknown: bool = False  # something stood for itself: inequality proves nothing
+    steps: list[int] = dataclasses.field(default_factory=lambda: [0])  # nodes evaluated, shared
     largest: Number = 0  # largest addend: what cancellation is measured against
 
 
@@ -62,6 +68,9 @@ def context() -> MPContext:
 
 def evaluate(node: Node, scope: Scope) -> Number:
     """The value of a scalar node. Raises Undecided or Undefined."""
+    scope.steps[0] += 1
+    if scope.steps[0] > STEPS:
+        raise TooLarge(f"more than {STEPS} steps")
     try:
         value = _EVALUATORS[node.kind](node, scope)
     except KeyError as error:
@@ -70,7 +79,9 @@ def evaluate(node: Node, scope: Scope) -> Number:
         raise
     except (ZeroDivisionError, ValueError) as error:  # ValueError: mpmath at a pole
         raise Undefined(str(error)) from error
-    except (OverflowError, MemoryError, TypeError, mpmath.libmp.NoConvergence) as error:
+    except (OverflowError, MemoryError) as error:
+        raise TooLarge(str(error)) from error
+    except (TypeError, mpmath.libmp.NoConvergence) as error:
         raise Undecided(str(error)) from error
     return value
 
@@ -181,7 +192,7 @@ def _whole_power(base: Number, exponent: int) -> Number:
 
 def _limit_exponent(exponent: Number, factor: int) -> None:
     if abs(exponent) * factor > HUGE:
-        raise Undecided("an exponent beyond 10^15")
+        raise TooLarge("an exponent beyond 10^15")
 
 
 def _inexact_power(base: Number, exponent: Number, scope: Scope) -> Number:
@@ -240,13 +251,13 @@ def _degree(node: Node, scope: Scope) -> Number:
 def _factorial(node: Node, scope: Scope) -> Number:
     value = evaluate(node.args[0], scope)
     if abs(real(value)) > HUGE:
-        raise Undecided("the factorial of a huge number")
+        raise TooLarge("the factorial of a huge number")
     if not is_exact(value):
         return context().gamma(value + 1)
     whole = Fraction(value).denominator == 1
     if node.value == 2:
         if not whole or not 0 <= value <= EXACT_FACTORIAL:
-            raise Undecided("a double factorial out of bounds")
+            raise TooLarge("a double factorial out of bounds")
         return _bounded(math.prod(range(int(value), 0, -2)))
     if whole and value < 0:
         raise Undefined("the factorial of a negative number")
@@ -262,7 +273,7 @@ def _opaque(node: Node, scope: Scope) -> Number:
     return _hashed(f"{node.value}({told})")
 
 
-SERIES = 500  # terms of a sum that are added one by one
+SERIES = 200  # terms of a sum that are added one by one
 
 
 def _series(node: Node, scope: Scope) -> Number:
@@ -293,7 +304,7 @@ def _call(node: Node, scope: Scope) -> Number:
         value = evaluate(node.args[0], inside)
         scope.imaginary, scope.left_reals = inside.imaginary, inside.left_reals
         if abs(real(value)) > context().mpf(10) ** 40:
-            raise Undecided("the sine of a huge number")
+            raise TooLarge("the sine of a huge number")
         return _trigonometric(node.value, value, inside)
     values = [evaluate(arg, scope) for arg in node.args]
     return _FUNCTIONS[node.value](scope, *values)
@@ -363,8 +374,10 @@ def _root(scope: Scope, value: Number, index: Number) -> Number:
 
 
 def _binomial(scope: Scope, top: Number, bottom: Number) -> Number:
-    if not (is_exact(top) and is_exact(bottom)) or max(abs(top), abs(bottom)) > HUGE:
-        raise Undecided("a binomial coefficient of inexact or huge numbers")
+    if not (is_exact(top) and is_exact(bottom)):
+        raise Undecided("a binomial coefficient of inexact numbers")
+    if max(abs(top), abs(bottom)) > HUGE:
+        raise TooLarge("a binomial coefficient of huge numbers")
     whole = Fraction(top).denominator == Fraction(bottom).denominator == 1
     if whole and 0 <= top and min(bottom, top - bottom) <= EXACT_FACTORIAL and top <= 10**6:
         if not 0 <= bottom <= top:
@@ -381,7 +394,7 @@ def _rounder(function: Callable[[Number], int]) -> Callable[..., Number]:
         if not isinstance(value, context().mpf):
             raise Undefined("rounding a complex number")
         if abs(value) > context().mpf(10) ** 30:
-            raise Undecided("rounding a huge number")
+            raise TooLarge("rounding a huge number")
         near = context().nint(value)
         close = abs(value - near) < context().mpf(10) ** (20 - DIGITS) * (1 + abs(value))
         return int(near) if close else function(Fraction(str(context().nstr(value, 45))))

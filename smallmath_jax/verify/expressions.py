@@ -7,7 +7,7 @@ Depth is limited, and the number of tokens before that, so time is linear in pra
 from collections.abc import Callable
 
 from smallmath_jax.verify.normalise import Token, Unreadable, canonical
-from smallmath_jax.verify.spelling import WORDS
+from smallmath_jax.verify.spelling import NUMBER_WORDS, WORDS
 from smallmath_jax.verify.trees import (
     DEPTH,
     END,
@@ -219,6 +219,7 @@ def _based(reader: Reader) -> Node:
     digits = reader.tokens[reader.index - 1].text
     reader.need("_")
     base = subscript(reader)
+    base = NUMBER_WORDS.get(base.lower(), base)
     if not (base.isdigit() and 2 <= int(base[:3]) <= 36):
         raise Unreadable("a number with a subscript that is no base")
     return Node("based", (), (digits.lstrip("0"), int(base)))
@@ -331,12 +332,7 @@ def _named_call(reader: Reader) -> Node:
         reader.index += 1
         return opaque_text(reader, start)
     word = reader.peek().text
-    if (
-        len(word) == 2
-        and len(reader.tokens) > 1
-        and word.lower() not in WORDS
-        and word not in UNITS
-    ):
+    if len(word) == 2 and reader.size > 1 and word.lower() not in WORDS and word not in UNITS:
         reader.index += 1  # \\mathrm{ab}: two variables
         return Node("mul", tuple(Node("var", (), letter) for letter in word))
     raise Unreadable(f"the word {word!r}")

@@ -57,7 +57,7 @@ _PHRASE = re.compile(
 _SOLUTION = re.compile(r"^(?:(?:the)?solutions?(?:is|are|setis)):?", re.IGNORECASE)
 _PYTHON_LIST = re.compile(r"\[\s*(?:'[^']{0,200}'\s*,?\s*){1,40}\]")
 _BASE = re.compile(
-    r"[\s,]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?\(?\s*(?:in\s+)?base[\s-]*(\d{1,2}|[a-z]{3,7})\s*\)?\s*\}?\)?$",
+    r"[\s,]*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?\(?\s*(?:in\s+)?base[\s}-]*(\d{1,2}|[a-z]{3,7})\s*\)?\s*\}?\)?$",
     re.IGNORECASE,
 )
 _NEXT_STATEMENT = re.compile(
@@ -159,14 +159,16 @@ _LINES = (
 )
 
 
+_LINE_MARKS = {f"{side}:{name}" for side in ("beg", "end") for name in _LINES}
+
+
 def _without_lines(tokens: list[Token]) -> list[Token]:
     """Display environments without their marks; their lines are separate statements."""
-    marks = {f"{side}:{name}" for side in ("beg", "end") for name in _LINES}
-    if not any(token.text in marks for token in tokens):
+    if not any(token.text in _LINE_MARKS for token in tokens):
         return tokens
     kept, depth = [], 0
     for token in tokens:
-        if token.kind == "op" and token.text in marks:
+        if token.kind == "op" and token.text in _LINE_MARKS:
             continue
         depth += token.text.startswith("beg:") - token.text.startswith("end:")
         if depth == 0 and token.text == "&":
@@ -238,7 +240,8 @@ def _simple(kind: str, piece: str, gap: bool) -> Token:
         return Token("op", f"{piece[1:4]}:{name}", gap)
     if kind == "escaped":
         return Token("op", spelling.ESCAPED[piece], gap)
-    return Token("op", spelling.SYMBOLS.get(piece, piece), gap)
+    known = len(piece) > 1 or piece in spelling.PUNCTUATION
+    return Token("op" if known else "unk", spelling.SYMBOLS.get(piece, piece), gap)
 
 
 def _repeating(whole: str, head: str, period: str) -> str:

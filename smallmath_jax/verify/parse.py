@@ -154,48 +154,27 @@ _NAME = re.compile(r"[A-Za-z]\w{0,12}'*(?:\^\{?-1\}?)?\([A-Za-z0-9,]{1,12}\)")
 
 
 def _name(reader: Reader) -> Node | None:
-    """The left side of a definition: words, or a function of letters, before `=`: `\\text{Area} = `, `f(x) = `."""
-    end = reader.index
-    words = reader.tokens[end].kind == "word" if end < len(reader.tokens) else False
-    while end < len(reader.tokens) and reader.tokens[end].text not in ("=", ":", ",", "+", "*"):
-        words = words and reader.tokens[end].kind == "word"
-        end += 1
-        if end - reader.index > 16:
-            return None
-    if end >= len(reader.tokens) or end == reader.index:
+    """The left side of a definition: words, or a function of letters, before `=`: `\\text{Area} = `, `A(3) = `."""
+    if not reader.named:
         return None
-    stop = reader.tokens[end].text
-    written = canonical(reader.tokens[reader.index : end])
-    if _APPLIED.fullmatch(written):
-        return None  # read as an expression: its name may stand on either side
-    if stop in "=:" and words and len(written) > 1 and written.lower() not in NEVER_LABELS:
-        reader.index = end + (stop == ":")
-        if stop == ":":
-            return _side(reader)
-        return Node("var", (), written.lower())
-    if stop == "," or not _NAME.fullmatch(written.replace("*", "")):
-        if stop != "," or not _NAME.match(written):
-            return None
-        stop_at = _closing(reader, end)
-        if stop_at is None or not _NAME.fullmatch(canonical(reader.tokens[reader.index : stop_at])):
-            return None
-        end = stop_at
-    if reader.tokens[end].text != "=":
+    ahead = reader.tokens[reader.index : reader.index + 17]
+    count = next((i for i, token in enumerate(ahead) if token.text in ("=", ":")), 0)
+    if not count or any(token.text in _NO_NAME for token in ahead[:count]):
         return None
-    name = canonical(reader.tokens[reader.index : end])
-    reader.index = end
-    return Node("var", (), name)
+    written = canonical(ahead[:count])
+    if all(token.kind == "word" for token in ahead[:count]):
+        if len(written) < 2 or written.lower() in NEVER_LABELS:
+            return None
+        reader.index += count
+        return _side(reader) if reader.take(":") else Node("var", (), written.lower())
+    if ahead[count].text == ":" or _APPLIED.fullmatch(written) or not _NAME.fullmatch(written):
+        return None  # f(x) is read as an expression: it may stand on either side
+    reader.index += count
+    return Node("var", (), written)
 
 
+_NO_NAME = ("+", "*", "/", "<", ">", "<=", ">=", "frac", ";")
 _APPLIED = re.compile(r"(?!x)[A-Za-z]'*(?:\^\{?-1\}?)?\([A-Za-z]\)")
-
-
-def _closing(reader: Reader, end: int) -> int | None:
-    """Where the `=` after a function of several letters stands: `f(x,y) =`."""
-    for index in range(end, min(end + 8, len(reader.tokens))):
-        if reader.tokens[index].text == "=":
-            return index
-    return None
 
 
 _SETS = {"cup": "union", "cap": "cap", "setminus": "minus"}

@@ -137,7 +137,7 @@ def _difference(whole: Node, taken: Node) -> list[Piece] | None:
             low, high = constant(piece.low), constant(piece.high)
             if low is None or high is None:
                 return None
-            if real(low) < place < real(high):
+            if real(low) < real(place) < real(high):
                 cut.append(piece._replace(high=point.low, high_closed=False))
                 cut.append(piece._replace(low=point.low, low_closed=False))
             else:

@@ -78,6 +78,7 @@ ESCAPED = {
     r"\|": "norm",
 }
 SYMBOLS = {"**": "^", "<>": "!=", "==": "=", ":=": "=", "->": "to", "=>": "implies", "…": "..."}
+PUNCTUATION = "+-*/^_=<>()[]{}|,;:!&.%"  # single characters that mean something
 NUMBER_WORDS = {
     word: str(number)
     for number, word in enumerate(

@@ -1,6 +1,6 @@
 """The trees answers are read into, and the cursor that reads them. Data and small steps only."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -33,6 +33,42 @@ def children(node: Node) -> Iterator[Node]:
             yield from arg
 
 
+class Survey(NamedTuple):
+    """The free variables of a tree, and its traits: kinds of nodes, names of functions, "bare log"."""
+
+    names: set[str]
+    traits: set[str]
+
+
+def survey(node: Node) -> Survey:
+    """One walk over a tree."""
+    names: set[str] = set()
+    traits: set[str] = set()
+    bound: set[str] = set()
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        kind = node.kind
+        if kind == "var":
+            names.add(node.value)
+            continue
+        traits.add(kind)
+        if kind == "call":
+            traits.add("bare log" if node.value == "log" and len(node.args) == 1 else node.value)
+        elif kind == "series":
+            bound.add(node.value[1])
+        waiting.extend(children(node))
+    return Survey(names - bound, traits)
+
+
+def free_variables(node: Node) -> set[str]:
+    """Names of the variables a tree contains."""
+    return survey(node).names
+
+
+_PADDING = (END,) * 8  # so that looking ahead needs no check
+
+
 class Reader:
     """A cursor over tokens.
 
@@ -42,12 +78,14 @@ class Reader:
 
     def __init__(
         self,
-        tokens: list[Token],
+        tokens: Sequence[Token],
         group: Callable[["Reader", str], Node],
         listing: Callable[["Reader"], Node],
-        words: Callable[[list[Token]], Node],
+        words: Callable[[Sequence[Token]], Node],
     ) -> None:
-        self.tokens = tokens
+        self.tokens = [*tokens, *_PADDING]
+        self.size = len(tokens)
+        self.named = any(token.text in ("=", ":") for token in tokens)
         self.index = 0
         self.depth = 0
         self.bars = 0  # open | | pairs
@@ -56,12 +94,11 @@ class Reader:
         self.words = words
 
     def peek(self, ahead: int = 0) -> Token:
-        index = self.index + ahead
-        return self.tokens[index] if index < len(self.tokens) else END
+        return self.tokens[self.index + ahead]
 
     def take(self, *texts: str) -> bool:
         """Moves over the next token if it is an operator with one of these texts."""
-        token = self.peek()
+        token = self.tokens[self.index]
         if token.kind == "op" and token.text in texts:
             self.index += 1
             return True

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import random
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 from smallmath_jax.verify.evaluate import (
@@ -22,11 +23,11 @@ from smallmath_jax.verify.evaluate import (
     real,
 )
 from smallmath_jax.verify.policy import Policy
-from smallmath_jax.verify.trees import Node, children
+from smallmath_jax.verify.trees import Node, free_variables, survey
 
 VARIABLES = 24  # at most, in one comparison
-RELATIVE = 25  # digits that must agree
-_FLOOR = 40  # digits below the largest addend where a difference is cancellation noise
+RELATIVE = 83  # bits that must agree: 25 digits
+_FLOOR = 133  # bits (40 digits) below the largest addend where a difference is cancellation noise
 
 
 # Ranges of coordinates, (low, high, kind of sign, whole numbers): tried in this order.
@@ -68,94 +69,77 @@ def _points() -> list[list[Fraction]]:
 _POINTS = _points()
 
 
-def free_variables(node: Node) -> set[str]:
-    """Names of the variables a scalar tree contains."""
-    if node.kind == "var":
-        return {node.value}
-    names: set[str] = set()
-    for child in children(node):
-        names |= free_variables(child)
-    return names - {node.value[1]} if node.kind == "series" else names
-
-
-def contains(node: Node, kind: str, value: str | None = None, size: int | None = None) -> bool:
-    """Whether a tree has a node of a kind (and value, and number of arguments)."""
-    here = node.kind == kind and (value is None or node.value == value)
-    if here and (size is None or len(node.args) == size):
-        return True
-    return any(contains(child, kind, value, size) for child in children(node))
-
-
 def same_value(gold: Node, answer: Node, policy: Policy) -> bool:
     """Whether two scalar trees without \\pm are equal under a policy. Raises Undecided."""
-    return any(
-        _same(gold, answer, gold_scope, answer_scope, policy)
-        for gold_scope, answer_scope in _conventions(gold, answer, policy)
-    )
-
-
-def _conventions(gold: Node, answer: Node, policy: Policy) -> list[tuple[Scope, Scope]]:
-    """The readings of %, degree signs and bare logarithms under which the two may agree."""
-    has_percent = [contains(node, "pct") for node in (gold, answer)]
-    percents = [True]
-    if has_percent[0] != has_percent[1] and policy.percent_as_number:
-        percents.append(False)
-    degrees = [False]
-    if policy.degrees_as_radians and any(contains(node, "deg") for node in (gold, answer)):
-        degrees.append(True)
-    logs = [0, 10] if any(contains(node, "call", "log", 1) for node in (gold, answer)) else [0]
-    return [
-        (Scope({}, degree, percent, log), Scope({}, degree, percent, log))
-        for percent, degree, log in itertools.product(percents, degrees, logs)
-    ]
-
-
-def _same(gold: Node, answer: Node, gold_scope: Scope, answer_scope: Scope, policy: Policy) -> bool:
-    names = sorted(free_variables(gold) | free_variables(answer))
-    if not names:
-        try:
-            values = evaluate(gold, gold_scope), evaluate(answer, answer_scope)
-        except Undefined:
-            return False
-        if close(*values, gold_scope, answer_scope):
+    told, said = survey(gold), survey(answer)
+    names = sorted(told.names | said.names)
+    for percent, degree, log in _conventions(told.traits, said.traits, policy):
+        scopes = (Scope({}, degree, percent, log), Scope({}, degree, percent, log))
+        if not names:
+            same = _same_constant(gold, answer, scopes, policy)
+        else:
+            same = _at_points(gold, answer, scopes, names, told.traits ^ said.traits, _close_in)
+        if same:
             return True
-        if gold_scope.unknown or answer_scope.unknown:
-            raise Undecided("a series that only stands for itself")
-        return _rounded(gold, answer, values, policy) or _rounded(
-            answer, gold, values[::-1], policy
-        )
+    return False
 
-    def agree(first: Number, second: Number, scopes: tuple[Scope, Scope]) -> bool:
-        return close(first, second, *scopes)
 
-    return _at_points(gold, answer, (gold_scope, answer_scope), names, agree)
+def _conventions(
+    told: set[str], said: set[str], policy: Policy
+) -> Iterable[tuple[bool, bool, int]]:
+    """The readings of %, degree signs and bare logarithms under which the two may agree."""
+    one_percent = ("pct" in told) != ("pct" in said) and policy.percent_as_number
+    degrees = policy.degrees_as_radians and "deg" in told | said
+    logs = (0, 10) if "bare log" in told | said else (0,)
+    percents = (True, False) if one_percent else (True,)
+    return itertools.product(percents, (False, True) if degrees else (False,), logs)
+
+
+def _same_constant(gold: Node, answer: Node, scopes: tuple[Scope, Scope], policy: Policy) -> bool:
+    try:
+        values = evaluate(gold, scopes[0]), evaluate(answer, scopes[1])
+    except Undefined:
+        return False
+    if close(*values, *scopes):
+        return True
+    if any(scope.unknown for scope in scopes):
+        raise Undecided("a series that only stands for itself")
+    return _rounded(gold, answer, values, policy) or _rounded(answer, gold, values[::-1], policy)
+
+
+def _close_in(first: Number, second: Number, scopes: tuple[Scope, Scope]) -> bool:
+    return close(first, second, *scopes)
 
 
 def _at_points(
-    gold: Node, answer: Node, scopes: tuple[Scope, Scope], names: list[str], agree
+    gold: Node,
+    answer: Node,
+    scopes: tuple[Scope, Scope],
+    names: list[str],
+    differ: set[str],
+    agree: Callable[[Number, Number, tuple[Scope, Scope]], bool],
 ) -> bool:
-    """Whether two trees agree wherever both have a value; raises Undecided where hardly anywhere both do."""
+    """Whether two trees agree wherever both have a value; raises Undecided where hardly anywhere both do.
+
+    `differ` are the traits only one of them has.
+    """
     if len(names) > VARIABLES:
         raise Undecided(f"more than {VARIABLES} variables")
-    stepped = any(
-        contains(node, "call", name) for node in (gold, answer) for name in ("floor", "ceil")
-    )
-    absolute = contains(gold, "call", "abs") != contains(answer, "call", "abs")
+    steps = {"floor", "ceil"} & (
+        survey(gold).traits | differ
+    )  # flat almost everywhere: look widely
     usable, complex_pairs = 0, []
     for index, coordinates in enumerate(_POINTS):
-        if index >= (len(_POINTS) if stepped else _ALWAYS) and usable >= 3:
+        if index >= (len(_POINTS) if steps else _ALWAYS) and usable >= 3:
             break
         point = dict(zip(names, coordinates, strict=False))
-        told = (
-            dataclasses.replace(scopes[0], point=point),
-            dataclasses.replace(scopes[1], point=point),
-        )
+        told = tuple(dataclasses.replace(scope, point=point) for scope in scopes)
         values = [_value(node, scope) for node, scope in zip((gold, answer), told, strict=True)]
         unreal = [
             value is None or _left_reals(scope) for value, scope in zip(values, told, strict=True)
         ]
         if any(unreal):
-            if absolute and not all(unreal):
+            if "abs" in differ and not all(unreal):
                 return False
             if None not in values:
                 complex_pairs.append((*values, told))
@@ -187,17 +171,17 @@ def close(first: Number, second: Number, *scopes: Scope) -> bool:
     """Equality: exact for exact numbers, else to a relative 1e-25, noise of cancellation aside."""
     if is_exact(first) and is_exact(second):
         return first == second
-    mp = context()
     first, second = real(first), real(second)
+    mp = context()
     if mp.isnan(first) or mp.isnan(second):
-        raise Undecided("not a number")
+        return False  # infinity minus infinity is no answer
     if mp.isinf(first) or mp.isinf(second):
         return bool(first == second)
     gap = abs(first - second)
-    if gap <= max(abs(first), abs(second)) * mp.mpf(10) ** -RELATIVE:
+    if gap <= mp.ldexp(max(abs(first), abs(second)), -RELATIVE):
         return True
     largest = max((scope.largest for scope in scopes), default=0)
-    return bool(gap <= largest * mp.mpf(10) ** -_FLOOR)
+    return bool(largest and gap <= mp.ldexp(largest, -_FLOOR))
 
 
 def _rounded(exact: Node, decimal: Node, values: tuple[Number, Number], policy: Policy) -> bool:
@@ -206,7 +190,7 @@ def _rounded(exact: Node, decimal: Node, values: tuple[Number, Number], policy: 
     if not policy.decimal_digits or inner.kind != "dec" or inner.value[1] < policy.decimal_digits:
         return False
     value, approximation = values
-    if not isinstance(value, (int, Fraction, context().mpf)) or contains(exact, "dec"):
+    if not isinstance(value, (int, Fraction, context().mpf)) or "dec" in survey(exact).traits:
         return False
     if is_exact(value) and _terminates(Fraction(value)):
         return False
@@ -225,13 +209,13 @@ def _terminates(value: Fraction) -> bool:
 
 def proportional(gold: Node, answer: Node, positive: bool) -> bool:
     """Whether two differences agree up to a constant factor, which must be positive where order matters."""
-    if not any(contains(node, "call", "log", 1) for node in (gold, answer)):
-        return _proportional(gold, answer, positive, 0)
-    return any(_proportional(gold, answer, positive, base) for base in (0, 10))
+    logs = (0, 10) if "bare log" in survey(gold).traits | survey(answer).traits else (0,)
+    return any(_proportional(gold, answer, positive, base) for base in logs)
 
 
 def _proportional(gold: Node, answer: Node, positive: bool, log_base: int) -> bool:
-    names = sorted(free_variables(gold) | free_variables(answer))
+    told, said = survey(gold), survey(answer)
+    names = sorted(told.names | said.names)
     factors: list[Number] = []
 
     def agree(first: Number, second: Number, scopes: tuple[Scope, Scope]) -> bool:
@@ -250,18 +234,16 @@ def _proportional(gold: Node, answer: Node, positive: bool, log_base: int) -> bo
 
     if not names:
         raise Undecided("a relation without variables")
-    return _at_points(
-        gold, answer, (Scope({}, log_base=log_base), Scope({}, log_base=log_base)), names, agree
-    )
+    scopes = (Scope({}, log_base=log_base), Scope({}, log_base=log_base))
+    return _at_points(gold, answer, scopes, names, told.traits ^ said.traits, agree)
 
 
 def _near(first: Number, second: Number) -> bool:
     if is_exact(first) and is_exact(second):
         return first == second
     first, second = real(first), real(second)
-    return bool(
-        abs(first - second) <= max(abs(first), abs(second)) * context().mpf(10) ** -RELATIVE
-    )
+    largest = max(abs(first), abs(second))
+    return bool(abs(first - second) <= context().ldexp(largest, -RELATIVE))
 
 
 def constant(node: Node) -> Number | None:
