@@ -20,9 +20,9 @@ def sft_settings(mode: str):
     if tiny:
         settings.data = ("tiny:train",)
         settings.problems = 8000
-        # The cold-start mixture: worked solutions alone, then 60 % of them replaced by terse ones (the answer at once).
+        # The cold-start mixture: worked solutions alone, then 57 % of them replaced by terse ones (the answer at once).
         settings.worked_steps = 1000
-        settings.terse_share = 0.6
+        settings.terse_share = 0.57
     else:
         text = ("convert:openr1_math",)
         settings.data = ("convert:r1_onevision",) + text if vision else text
