@@ -23,9 +23,10 @@ from pathlib import Path
 from smallmath_jax.verify.answers import Policy, compare, find_answer, gradable, read
 from smallmath_jax.verify.policy import DEFAULT
 
-WALL_S = 1.5  # of one second opinion
+CPU_S = 1.5  # of one second opinion: the same at any load
+WALL_S = 2.6  # of one second opinion, where the machine is too busy to give it that
 START_S = 60.0  # for the process to load; not counted against the pair that waits
-GRACE_S = 1.4  # beyond the wall time, before the process itself counts as lost
+GRACE_S = 5.0  # beyond the wall time, before the process itself counts as lost
 MEMORY_MB = 2_048
 VERDICTS = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout")
 
@@ -60,12 +61,13 @@ class Grader:
         self,
         workers: int = 1,
         policy: Policy = DEFAULT,
+        cpu_s: float = CPU_S,
         wall_s: float = WALL_S,
         memory_mb: int = MEMORY_MB,
     ) -> None:
+        self._limits = {"cpu_s": cpu_s, "wall_s": wall_s}
         self.policy = policy
         self.workers = workers
-        self._wall_s = wall_s
         self._memory_mb = memory_mb
         self._lock = threading.Lock()
         self._counts: collections.Counter[str] = collections.Counter()
@@ -154,7 +156,7 @@ class Grader:
             raise RuntimeError("this Grader is closed; make a new one")
         future = self._idle.get()
         try:
-            opinion = future.result().ask(gold, answer, self._wall_s)
+            opinion = future.result().ask(gold, answer, self._limits)
         except BaseException:
             future = self._replace(future)  # it may still send an answer nobody would read
             raise
@@ -200,18 +202,18 @@ class _Opinions:
         self._left = b""
         self._state = ""  # ready | missing, once known
 
-    def ask(self, gold: str, answer: str, wall_s: float) -> str:
+    def ask(self, gold: str, answer: str, limits: dict[str, float]) -> str:
         """One opinion; `timeout` when its time ran out, `lost` when the process must be replaced."""
         if not self._state:
             self._state = self._line(START_S)
         if self._state != "ready":
             return self._state
-        request = json.dumps({"gold": gold, "answer": answer, "wall_s": wall_s}) + "\n"
+        request = json.dumps({"gold": gold, "answer": answer, **limits}) + "\n"
         try:
             self._process.stdin.write(request.encode())
         except BrokenPipeError:
             return "lost"
-        return self._line(wall_s + GRACE_S)
+        return self._line(limits["wall_s"] + GRACE_S)
 
     def _line(self, wall_s: float) -> str:
         end = time.monotonic() + wall_s

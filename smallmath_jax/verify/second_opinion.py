@@ -4,7 +4,7 @@ It loads math-verify once and forks for every request, so an opinion that hangs 
 signals, which a long C call ignores; they are off here) costs one small process, the next one starts warm within
 milliseconds, and no opinion depends on the ones before it. Memory is capped; all of it dies with the grader.
 
-One JSON object a line on stdin ({"gold", "answer", "wall_s"}), one word a line on stdout: equal | different |
+One JSON object a line on stdin ({"gold", "answer", "cpu_s", "wall_s"}), one word a line on stdout: equal | different |
 unparsable | error | timeout. The first line is `ready`, or `missing` where math-verify is not installed.
 """
 
@@ -52,7 +52,7 @@ def opinion(gold: str, answer: str) -> str:
 
 
 def ask_in_fork(request: dict) -> str:
-    """One opinion in a process of its own, killed when its time is over."""
+    """One opinion in a process of its own, which the kernel ends at its CPU limit and we at its wall limit."""
     reading, writing = os.pipe()
     parent = os.getpid()
     child = os.fork()
@@ -60,6 +60,9 @@ def ask_in_fork(request: dict) -> str:
         told = "error"
         try:
             bind_to_parent(parent)
+            signal.setitimer(
+                signal.ITIMER_PROF, request["cpu_s"]
+            )  # unhandled: ends even a long C call
             told = opinion(request["gold"], request["answer"])
         except BaseException:  # whatever sympy or the parser raise on strange text is no opinion
             told = "error"
@@ -72,8 +75,11 @@ def ask_in_fork(request: dict) -> str:
     in_time = bool(poll.poll(request["wall_s"] * 1000))
     told = os.read(reading, 64).decode() if in_time else "timeout"
     os.close(reading)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    if not in_time:
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
+        return "timeout"
     return told or "error"  # the kernel ended it, for memory
 
 
