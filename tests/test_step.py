@@ -132,7 +132,7 @@ def test_training_lowers_the_loss_and_reports(trained):
         "learning_rate",
     }
     parameters = steps.split_trainable(state.model, FREEZE)
-    norm = np.sqrt(sum(float((x.astype(jnp.float64) ** 2).sum()) for x in parameters.values()))
+    norm = np.sqrt(sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in parameters.values()))
     assert history[2]["param_norm"] == pytest.approx(norm, rel=1e-5)
     assert history[0]["learning_rate"] == pytest.approx(1e-2)
 
@@ -168,7 +168,7 @@ def test_one_update_equals_optax_on_the_whole_gradient():
     )
     found, metrics = step(state, batch)
     for name, leaf in named_leaves(found.model):
-        np.testing.assert_allclose(leaf, expected[name], atol=1e-6)
+        np.testing.assert_allclose(leaf, expected[name], atol=1e-5)
     norm = np.sqrt(sum(float((x**2).sum()) for x in gradient.values()))
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)  # before clipping
 
