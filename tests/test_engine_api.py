@@ -2,11 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_case import (
-    CONFIG,
     EOS,
     IMAGE,
     LENGTH,
@@ -20,7 +20,7 @@ from engine_case import (
 )
 from flax import nnx
 
-from smallmath_jax.models.layers import Linear
+from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.records import Sampling
 from smallmath_jax.rollout.engine import Limits
 
@@ -236,8 +236,7 @@ def test_diverged_weights_leave_nothing_behind():
 
 
 def test_score_is_the_value_head_at_the_last_token():
-    judge = nnx.clone(model())
-    judge.value_head = Linear(CONFIG.text.hidden_size, 1, bias=True, rngs=nnx.Rngs(3))
+    judge = add_value_head(model(), jax.random.key(3))
     judge.value_head.bias[...] = jnp.array([0.25])
     made = engine(judge)
     root = made.root(PICTURE)

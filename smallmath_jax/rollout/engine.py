@@ -176,7 +176,7 @@ class Engine:
 
         Siblings that nobody has computed yet are computed in the same call. Raises ValueError without a value head.
         """
-        if self._weights.model.value_head is None:
+        if not self._pool.has_values:
             raise ValueError(
                 "score() needs a model with a value head; this one has none (models.value_head adds it)"
             )

@@ -64,16 +64,18 @@ class Pool:
         self._shape, self._run, self._pad_id = shape, run, pad_id
         self._images, self._max_patches = images, max_patches
         self._seen: dict[int, np.ndarray] = {}  # root -> vision tokens [P / 4, D] of its images
-        self._weights: programs.Weights | None = None
+        self._weights: programs.Packed | None = None
         self._arrays: Cache | None = None
+        self.has_values = False  # the model has a value head
         width = shape.config.text.hidden_size
         self._nothing_seen = jax.device_put(  # stays on the device: most calls have no image
             np.zeros((shape.prefill_rows, shape.chunk, width), shape.dtype), shape.place
         )
 
-    def reset(self, weights: programs.Weights | None, arrays: Cache | None) -> None:
+    def reset(self, weights: programs.Packed | None, arrays: Cache | None) -> None:
         """Starts anew with these weights and empty pages (None: gives the old ones back first)."""
         self._weights, self._arrays = weights, arrays
+        self.has_values = weights is not None and weights.unpack().model.value_head is not None
         self._seen.clear()
         self.tree.forget_pages()
 
@@ -166,7 +168,7 @@ class Pool:
         self._arrays, values = self._run(
             programs.prefill, shape, self._weights, self._arrays, chunks
         )
-        if self._weights.model.value_head is not None:
+        if self.has_values:
             self._keep_values(pages, np.asarray(values))
 
     def _keep_values(self, pages: list[Page], values: np.ndarray) -> None:

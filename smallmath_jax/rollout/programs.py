@@ -6,15 +6,16 @@ Each is traced once for an engine's shape; everything a request can ask for is a
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from smallmath_jax.models import value_head
 from smallmath_jax.models.config import ModelConfig
-from smallmath_jax.models.layers import Linear
+from smallmath_jax.models.lora import merge_lora
 from smallmath_jax.models.qwen_vl import (
     QwenVL,
     embed_images,
@@ -23,6 +24,7 @@ from smallmath_jax.models.qwen_vl import (
     init_cache,
 )
 from smallmath_jax.models.text import Cache, Layer, split_layers
+from smallmath_jax.models.tree import map_named
 from smallmath_jax.rollout.sampling import match_stops, sample
 
 RUNNING, EOS, STOP, LENGTH = range(4)
@@ -56,6 +58,18 @@ class Weights(NamedTuple):
     layers: tuple[Layer, ...]
     banned: jax.Array  # bool [V]
     eos: jax.Array  # i32 [E]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Weights with their modules taken apart: flattening modules at each call costs milliseconds, a tuple nothing."""
+
+    leaves: tuple[jax.Array, ...]
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    def unpack(self) -> Weights:
+        return jax.tree.unflatten(self.structure, self.leaves)
 
 
 class Rows(NamedTuple):
@@ -103,23 +117,24 @@ def make_caches(shape: Shape) -> tuple[Cache, Cache]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def prepare(shape: Shape, params: QwenVL, banned: jax.Array, eos: jax.Array) -> Weights:
-    """A copy of the weights in the compute dtype, adapters merged into their kernels, layers apart."""
-    params = jax.tree.map(_merge_adapter, params, is_leaf=lambda node: isinstance(node, Linear))
-    cast = lambda leaf: (
-        leaf.astype(shape.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-    )
-    model = jax.tree.map(cast, params)
+def prepare(shape: Shape, params: QwenVL, banned: jax.Array, eos: jax.Array) -> Packed:
+    """A copy of the weights in the compute dtype (the value head in fp32), adapters merged, layers apart."""
+
+    def cast(name: str, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(jnp.float32 if name.startswith("value_head") else shape.dtype)
+
+    model = map_named(cast, merge_lora(params))
     layers = split_layers(model.text.layers)
     model.text.layers = None
-    return Weights(model, layers, banned, eos)
+    leaves, structure = jax.tree.flatten(Weights(model, layers, banned, eos))
+    return Packed(tuple(leaves), structure)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def see(shape: Shape, weights: Weights, vision: dict[str, jax.Array]) -> jax.Array:
+def see(shape: Shape, packed: Packed, vision: dict[str, jax.Array]) -> jax.Array:
     """Vision tokens [P / 4, D] of one row of data.images.vision_row, in reading order."""
     rows = {name: array[None] for name, array in vision.items()}
-    return embed_images(weights.model, rows, jnp.dtype(shape.dtype))[0]
+    return embed_images(packed.unpack().model, rows, jnp.dtype(shape.dtype))[0]
 
 
 class Chunks(NamedTuple):
@@ -136,8 +151,9 @@ class Chunks(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def prefill(shape: Shape, weights: Weights, pool: Cache, chunks: Chunks) -> tuple[Cache, jax.Array]:
+def prefill(shape: Shape, packed: Packed, pool: Cache, chunks: Chunks) -> tuple[Cache, jax.Array]:
     """The pool with the pages written, and the value head's reading f32 [R] (0 without one)."""
+    weights = packed.unpack()
     rows, kv_heads, head_dim = shape.prefill_rows, *_head_shape(shape)
     work = {
         "k": tuple(
@@ -205,9 +221,10 @@ class Decoded(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
-    shape: Shape, weights: Weights, slots: Cache, rows: Rows, leave: jax.Array
+    shape: Shape, packed: Packed, slots: Cache, rows: Rows, leave: jax.Array
 ) -> tuple[Cache, Decoded]:
     """Up to decode_steps tokens for every active row; ends early when at most `leave` rows are still active."""
+    weights = packed.unpack()
     head = head_matrix(weights.model)
 
     class State(NamedTuple):
@@ -298,17 +315,7 @@ def _forward(shape, weights, embeddings, positions, cache, start):
 def _values(model: QwenVL, hidden: jax.Array, last: jax.Array) -> jax.Array:
     if model.value_head is None:
         return jnp.zeros(hidden.shape[:1], jnp.float32)
-    chosen = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return model.value_head(chosen.astype(jnp.float32))[:, 0]
-
-
-def _merge_adapter(node: object) -> object:
-    if not isinstance(node, Linear) or node.lora_a is None:
-        return node
-    merged = jax.tree.map(lambda leaf: leaf, node)
-    merged.kernel[...] = node.kernel[...] + (node.lora_a[...] @ node.lora_b[...]) * node.lora_scale
-    merged.lora_a = merged.lora_b = None
-    return merged
+    return value_head.values(model, value_head.last_hidden(hidden, last + 1))
 
 
 def _head_shape(shape: Shape) -> tuple[int, int]:
