@@ -13,6 +13,7 @@ import tiny_hf
 import tokenizers
 import torch
 import transformers
+from gcp_storage_emulator.server import create_server
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -231,6 +232,27 @@ def test_an_object_store_works_like_a_disk_and_gets_config_json_last(saved, monk
     store.rm("/bucket/run/export/config.json")
     with pytest.raises(FileNotFoundError, match="config.json is written last"):
         weights.import_folder(url)
+
+
+@pytest.mark.filterwarnings("ignore")  # gcsfs' and the emulator's own
+def test_a_bucket_holds_a_model_folder(saved, monkeypatch):
+    server = create_server("localhost", 0, in_memory=True, default_bucket="models")
+    server.start()
+    try:
+        monkeypatch.setenv(
+            "STORAGE_EMULATOR_HOST", f"http://localhost:{server._api._httpd.server_port}"
+        )
+        model, config = weights.import_folder(saved)
+        url = "gs://models/run/export"
+        weights.export_folder(model, config, url, source=saved, max_shard_bytes=40_000)
+        weights.export_folder(model, config, url, source=saved)
+        assert "model.safetensors" in folders.names(url) and folders.INDEX not in folders.names(url)
+        again, _ = weights.import_folder(url)
+        assert (
+            again.text.layers.q.kernel[...].tobytes() == model.text.layers.q.kernel[...].tobytes()
+        )
+    finally:
+        server.stop()
 
 
 def test_a_written_file_is_what_the_library_reads(tmp_path):

@@ -82,10 +82,11 @@ def example(kind: str) -> dict[str, np.ndarray]:
     ids = random.integers(3, 80, 14)
     if not kind.startswith("vl"):
         return {"ids": ids[None]}
-    pixels, grid = patchify(random.integers(0, 256, (1, 140, 168, 3), dtype=np.uint8), SETTINGS)
+    image = random.integers(0, 256, (150, 160, 3), dtype=np.uint8)
+    pixels, grid = patchify(image[None], SETTINGS)
     count = int(np.prod(grid)) // 4
     ids = np.concatenate([ids[:3], [START], [IMAGE] * count, [END], ids[3:]])
-    return {"ids": ids[None], "pixels": pixels, "grid": np.array([grid])}
+    return {"ids": ids[None], "pixels": pixels, "grid": np.array([grid]), "image": image}
 
 
 def torch_logits(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> np.ndarray:

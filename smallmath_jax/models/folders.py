@@ -70,6 +70,7 @@ def same(folder: str, other: str) -> bool:
 def names(folder: str) -> list[str]:
     """Sorted names of the files in a folder; FileNotFoundError when there is none."""
     fs, path = tensors.filesystem(folder)
+    fs.invalidate_cache()  # another host may have written since this one looked
     if not fs.isdir(path):
         raise FileNotFoundError(f"{folder}: no such folder")
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
