@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import write_part
+from smallmath_jax.train.events import drop_events, write_events
 
 LOG_FOLDERS = ("metrics", "completions")  # what holds parts named STEP-hostH.jsonl
 PART_STEPS = 50
@@ -31,75 +32,50 @@ class MetricWriter:
         self.workdir = epath.Path(workdir)
         self.host = host
         self._rows: list[dict[str, Any]] = []
+        self._times: list[float] = []
         self._published = time.monotonic()
-        self._events: Any = None
-        self._opened = False
-        self._purge_step: int | None = None
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Keeps a step's record. Device scalars stay on the device until the part is published."""
         self._rows.append({"step": step, **record})
+        self._times.append(time.time())
         late = time.monotonic() - self._published > PART_SECONDS
         if late or len(self._rows) >= PART_STEPS:
             self.flush()
 
     def flush(self) -> None:
         """Publishes what was written."""
-        rows, self._rows = self._rows, []
+        rows, times = [_plain(row) for row in jax.device_get(self._rows)], self._times
+        self._rows, self._times = [], []
         self._published = time.monotonic()
-        if not rows:
-            return
-        rows = [_plain(row) for row in jax.device_get(rows)]
-        write_part(self.workdir / "metrics", part_name(rows[-1]["step"], self.host), rows)
-        if self.host == 0:
-            self._write_events(rows)
+        if rows:
+            self._publish(rows, times)
 
     def drop_after(self, step: int) -> None:
         """Removes every log record later than `step`, before the first new one is written.
 
         Each host drops its own parts; host 0 those of all, because a run may be continued on fewer hosts.
         """
-        self._rows = []
+        self._rows, self._times = [], []
+        if self.host == 0:
+            drop_events(self.workdir / "tensorboard", step)
         for folder in LOG_FOLDERS:
             for path in _parts(self.workdir / folder):
                 last, host = _part_numbers(path.name)
                 if last > step and (self.host == 0 or host == self.host):
-                    _trim(path, step, host)
-        self._purge_step = step + 1
+                    kept = _trim(path, step, host)
+                    if kept and folder == "metrics" and host == self.host == 0:
+                        write_events(self.workdir / "tensorboard", kept, [time.time()] * len(kept))
         hosts.barrier(f"logs dropped after step {step}")
 
     def close(self) -> None:
-        """`flush`, and closes the event file."""
+        """The same as `flush`: nothing is held open."""
         self.flush()
-        if self._events is not None:
-            self._events.close()
 
-    def _write_events(self, rows: list[dict[str, Any]]) -> None:
-        if not self._opened:
-            self._events = _open_events(self.workdir / "tensorboard", self._purge_step)
-            self._opened = True
-        if self._events is None:
-            return
-        for row in rows:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, int | float) and math.isfinite(value):
-                    self._events.add_scalar(name, value, row["step"])
-        self._events.flush()
-
-
-def _open_events(folder: epath.Path, purge_step: int | None) -> Any:
-    """A new event file, or None where none can be written. TensorBoard hides `purge_step` and later of older files."""
-    from tensorboardX import SummaryWriter  # slow to import, and only one host needs it
-
-    try:
-        return SummaryWriter(str(folder), purge_step=purge_step)
-    except (ImportError, OSError) as error:  # gs:// needs google-cloud-storage beside tensorboardX
-        print(
-            f"no TensorBoard events in {folder}: {error}. All metrics are in metrics/*.jsonl",
-            file=sys.stderr,
-            flush=True,
-        )
-        return None
+    def _publish(self, rows: list[dict[str, Any]], times: list[float]) -> None:
+        write_part(self.workdir / "metrics", part_name(rows[-1]["step"], self.host), rows)
+        if self.host == 0:
+            write_events(self.workdir / "tensorboard", rows, times)
 
 
 def part_name(step: int, host: int) -> str:
@@ -121,13 +97,14 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
     return sorted(folder.glob("*-host*.jsonl"), key=lambda path: path.name)
 
 
-def _trim(path: epath.Path, step: int, host: int) -> None:
-    """Replaces a part by its records up to `step`. Killed in between, it gives the same when called again."""
+def _trim(path: epath.Path, step: int, host: int) -> list[dict[str, Any]]:
+    """Replaces a part by its records up to `step`, and returns them. Killed in between, it can be called again."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [row for row in rows if row.get("step", step + 1) <= step]
     if kept:
         write_part(path.parent, part_name(kept[-1]["step"], host), kept)
     path.unlink(missing_ok=True)
+    return kept
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
