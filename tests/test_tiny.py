@@ -189,6 +189,8 @@ def test_a_program_right_by_luck_is_found_out():
     assert run(honest) == run(lucky) == "13"
     assert run(tiny.rebind(honest, problem, other)) == "38"
     assert run(tiny.rebind(lucky, problem, other)) != "38"
+    own = "n=4\nk=5\nc=7\nprint(n*k-c+4-2*2)"  # the program's own 4 is no input
+    assert run(own) == "13" and run(tiny.rebind(own, problem, other)) == "38"
     assert tiny.rebind("print(13)", problem, other) is None  # reads nothing of the problem
     assert tiny.rebind("print(", problem, other) is None
     assert tiny.rebind("n=2**99999999", problem, other) is None  # never computed

@@ -97,17 +97,18 @@ def reinstantiate(problem: Problem, seed: int) -> Problem:
 def rebind(code: str, problem: Problem, other: Problem) -> str | None:
     """The program with the inputs of `problem` replaced by those of `other`; None when that cannot be done safely.
 
-    An input is bound by name where the program assigns its value to its name (`n=2+3+1+0` is n = 6); the other
-    integer literals are bound by value: a literal that equals one input takes the new value, one that equals several
-    inputs of different new values is ambiguous (None), one that equals none stays. A program that binds nothing
-    ignores its problem: None.
+    An input is bound by name where the program assigns its value to its name (`n=2+3+1+0` is n = 6). For inputs that
+    are not, integer literals are bound by value: one that equals one such input takes the new value, one that equals
+    several of different new values is ambiguous (None), all others are the program's own constants and stay. A
+    program that binds nothing ignores its problem: None.
     """
     old, new = problem.meta["quantities"], other.meta["quantities"]
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return None
-    binder = _Binder(old, new)
+    named = {name for node in ast.walk(tree) if (name := _bound_name(node, old))}
+    binder = _Binder({name: old[name] for name in old if name not in named}, old, new)
     tree = ast.fix_missing_locations(binder.visit(tree))
     return None if binder.ambiguous or not binder.bound else ast.unparse(tree)
 
@@ -304,26 +305,34 @@ def _arguments(call: str) -> list[str]:
 class _Binder(ast.NodeTransformer):
     """Replaces the inputs of one instance by those of another (see `rebind`)."""
 
-    def __init__(self, old: Mapping[str, int], new: Mapping[str, int]):
-        self.old, self.new = old, new
+    def __init__(self, unnamed: Mapping[str, int], old: Mapping[str, int], new: Mapping[str, int]):
+        self.unnamed, self.old, self.new = unnamed, old, new
         self.ambiguous, self.bound = False, 0
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
-        target = node.targets[0]
-        name = target.id if len(node.targets) == 1 and isinstance(target, ast.Name) else None
-        if name in self.old and _constant(node.value) == self.old[name]:
-            self.bound += 1
-            node.value = ast.Constant(self.new[name])
-            return node
-        return self.generic_visit(node)
+        name = _bound_name(node, self.old)
+        if name is None:
+            return self.generic_visit(node)
+        self.bound += 1
+        node.value = ast.Constant(self.new[name])
+        return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         if type(node.value) is not int:
             return node
-        values = {self.new[name] for name, value in self.old.items() if value == node.value}
+        values = {self.new[name] for name, value in self.unnamed.items() if value == node.value}
         self.ambiguous |= len(values) > 1
         self.bound += len(values) == 1
         return ast.Constant(min(values)) if values else node
+
+
+def _bound_name(node: ast.AST, old: Mapping[str, int]) -> str | None:
+    """The input that a statement assigns its own value to, or None."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+        return None
+    target = node.targets[0]
+    name = target.id if isinstance(target, ast.Name) else None
+    return name if name in old and _constant(node.value) == old[name] else None
 
 
 def _constant(tree: ast.expr) -> int | None:
