@@ -1,5 +1,6 @@
 """Losses against torch, hand-computed values and the statements of law 1, 2 and 9."""
 
+import functools
 import itertools
 
 import jax
@@ -13,6 +14,7 @@ from smallmath_jax.train import losses
 from smallmath_jax.train.losses import Largest, Mean, Smallest, TokenScores, Total
 
 B, T, D, V = 3, 10, 8, 37
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture
@@ -56,9 +58,7 @@ def test_token_scores_equal_torch_forward_and_backward(rng, chunk):
         )
         return (log_probs * weights).sum(), (log_probs, entropy)
 
-    gradient, (found, found_entropy) = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(
-        hidden, head
-    )
+    gradient, (found, found_entropy) = quick(jax.grad(weighted, (0, 1), has_aux=True))(hidden, head)
     assert (found[:, 0] == 0).all() and (found_entropy[:, 0] == 0).all()
     np.testing.assert_allclose(found[:, 1:], expected.detach(), atol=2e-5)
     np.testing.assert_allclose(found_entropy[:, 1:], entropy.detach(), atol=2e-5)
@@ -70,7 +70,7 @@ def test_scores_of_chosen_tokens_do_not_depend_on_what_else_is_scored(rng):
     hidden, head, tokens = head_inputs(rng)
     chosen = rng.random((B, T)) < 0.3
     chosen[1] = False  # a row without any
-    run = jax.jit(losses.score_tokens, static_argnames="chunk")
+    run = quick(losses.score_tokens, static_argnames="chunk")
     whole = run(hidden, head, tokens)
     for chunk in (6, 1000):
         some = run(hidden, head, tokens, scored=chosen, chunk=chunk)
@@ -80,7 +80,7 @@ def test_scores_of_chosen_tokens_do_not_depend_on_what_else_is_scored(rng):
 
 def test_greedy_temperature_reads_as_one_and_hits_are_argmax(rng):
     hidden, head, tokens = head_inputs(rng)
-    run = jax.jit(losses.score_tokens)
+    run = quick(losses.score_tokens)
     one = run(hidden, head, tokens, temperature=1.0)
     greedy = run(hidden, head, tokens, temperature=0.0)
     np.testing.assert_array_equal(one.log_probs, greedy.log_probs)
@@ -108,7 +108,7 @@ def test_no_array_of_all_logits_exists(rng):
 def test_head_gradient_accumulates_in_float32(rng):
     hidden, head, tokens = head_inputs(rng)
     loss = lambda head, hidden: losses.token_log_probs(hidden, head, tokens, chunk=3)[0].sum()
-    slope = jax.jit(jax.grad(loss))
+    slope = quick(jax.grad(loss))
     exact = slope(head, hidden)
     rounded = slope(head.astype(jnp.bfloat16), hidden.astype(jnp.bfloat16))
     assert rounded.dtype == jnp.bfloat16
@@ -130,7 +130,7 @@ def test_sft_is_torch_cross_entropy(rng):
     mask[:, 0] = False
     weights = mask / mask.sum()
     loss, metrics = losses.sft(
-        jax.jit(losses.score_tokens)(hidden, head, tokens), {"weights": jnp.asarray(weights)}
+        quick(losses.score_tokens)(hidden, head, tokens), {"weights": jnp.asarray(weights)}
     )
     logits = torch.tensor(hidden @ head.T)[:, :-1]
     labels = torch.tensor(np.where(mask, tokens, -100)[:, 1:], dtype=torch.long)
@@ -156,7 +156,7 @@ def test_grpo_equals_torch_with_every_option(rng):
     run = lambda x: losses.grpo(
         scores_of(x), batch, epsilon_low=0.2, epsilon_high=0.28, importance_cap=2.0, kl_beta=0.04
     )
-    (loss, metrics), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(log_probs)
+    (loss, metrics), gradient = quick(jax.value_and_grad(run, has_aux=True))(log_probs)
 
     x = torch.tensor(log_probs, requires_grad=True)
     t = {name: torch.tensor(field) for name, field in batch.items()}
@@ -182,7 +182,7 @@ def test_first_step_has_ratio_one_and_the_reinforce_gradient(rng):
     batch = {name: grpo_batch(rng)[name] for name in ("weights", "advantages")}
     log_probs = rng.normal(-1, 0.4, (B, T)).astype(np.float32)
     run = lambda x: losses.grpo(scores_of(x), batch)
-    (loss, metrics), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(log_probs)
+    (loss, metrics), gradient = quick(jax.value_and_grad(run, has_aux=True))(log_probs)
     np.testing.assert_allclose(gradient, -batch["weights"] * batch["advantages"], atol=1e-7)
     assert float(loss) == pytest.approx(-(batch["weights"] * batch["advantages"]).sum(), rel=1e-5)
     clips = [value(metric) for name, metric in metrics.items() if name.startswith("clip_ratio/")]
@@ -210,7 +210,7 @@ def test_a_token_without_weight_contributes_exactly_nothing(rng, poison):
     counted = batch["weights"] != 0
     clean = rng.normal(-1, 0.4, (B, T)).astype(np.float32)
     loss = lambda x, batch: losses.grpo(scores_of(x), batch, importance_cap=2.0, kl_beta=0.1)[0]
-    run = jax.jit(jax.value_and_grad(loss))
+    run = quick(jax.value_and_grad(loss))
     expected = run(clean, batch)
     dirty = {
         name: np.where(counted, x, poison) for name, x in batch.items() if name != "weights"

@@ -146,7 +146,7 @@ def test_nested_and_flat_layout_agree(tie, tmp_path):
     assert "text_config" in nested and "hidden_size" not in nested
     config = from_hf(nested)
     assert config.text.tie is tie and config.text.rope_theta == 1e6
-    assert config.text.mrope_section == (2, 3, 3) and config.vision.full_attention_blocks == (1, 3)
+    assert config.text.mrope_section == (2, 3, 3) and config.vision.full_attention_blocks == (1,)
     assert from_hf(to_hf(config)) == config
 
 

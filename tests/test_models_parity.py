@@ -78,6 +78,8 @@ def video(random):
     return [alone | {"seconds": [1.0]}, still]
 
 
+# five layers: a real loop where the others are unrolled
+PHI3 = (("sliding_window", 11), ("num_key_value_heads", 4), ("num_hidden_layers", 5))
 VISION_CASES = {"two_images": two_images, "resized": resized, "video": video}
 
 
@@ -111,7 +113,7 @@ def test_vision_logits_of_a_tied_model_in_a_short_row():
 @pytest.mark.parametrize("left", [False, True])
 def test_text_logits(family, tie, left):
     random = np.random.default_rng(3)
-    changes = (("sliding_window", 11), ("num_key_value_heads", 4)) if family == "phi3" else ()
+    changes = PHI3 if family == "phi3" else ()
     rows = [{"ids": case.words(random, count)} for count in (40, 23)]
     own_positions = family == "qwen2_5_vl"
     theirs, ours = models(family, tie, changes)
@@ -129,14 +131,13 @@ def test_long_text():
     compare(*models("qwen2_5_vl"), rows, False, False, patches=0, length=1500)
 
 
-@pytest.mark.parametrize("patches", [256, 512])
-def test_image_embeddings(patches):
+def test_image_embeddings():
     theirs, ours = models("qwen2_5_vl")
     random = np.random.default_rng(5)
     grids = [(1, 10, 14), (2, 6, 8)]  # a video's frames are apart, as two images are
     pixels = case.pixels_for(random, grids)
     row = {"ids": [case.IMAGE] * 35 + [case.VIDEO] * 24, "grids": grids, "pixels": pixels}
-    vision = case.make_batch([row], 59, patches)["vision"]
+    vision = case.make_batch([row], 59, PATCHES)["vision"]
     with torch.no_grad():
         inputs = torch.tensor(pixels), torch.tensor(grids)
         expected = theirs.model.visual(inputs[0], grid_thw=inputs[1]).pooler_output.numpy()
@@ -169,7 +170,7 @@ def test_gradients(family, tie, name):
     random = np.random.default_rng(7)
     if name == "text":
         rows = [{"ids": case.words(random, count)} for count in (40, 23)]
-        theirs, ours = models(family, tie, (("sliding_window", 11), ("num_key_value_heads", 4)))
+        theirs, ours = models(family, tie, PHI3)
         length, patches = 48, 0
     else:
         rows, length, patches = VISION_CASES[name](random), LENGTH, PATCHES
@@ -190,9 +191,4 @@ def test_gradients(family, tie, name):
     for leaf_name, found in named_leaves(gradients):
         size = jnp.linalg.norm(expected[leaf_name])
         error = jnp.linalg.norm(found - expected[leaf_name])
-        if leaf_name.endswith(
-            "/k/bias"
-        ):  # zero but for rounding: softmax ignores a shift of all keys
-            assert error <= 1e-4, leaf_name
-        else:
-            assert error <= GRADIENTS * size and size > 0, (leaf_name, float(error), float(size))
+        assert error <= GRADIENTS * size and size > 0, (leaf_name, float(error), float(size))

@@ -1,5 +1,6 @@
 """The train step: law 1 (how the batch is cut changes no gradient), law 2 (pi_old), what trains and what does not."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -26,19 +27,14 @@ def test_packing_padding_and_microbatches_change_no_gradient(dtype, limit):
         compute = lambda **options: steps.Compute(
             dtype=jnp.dtype(dtype), banned_ids=case.BANNED, **options
         )
-        expected, metrics = case.gradient(
-            model, case.layout(sequences, 32, packed=False), compute=compute()
-        )
-        # Packed into three microbatches of one row, the head in chunks; one a row, mostly padding, recomputed layers.
-        cuts = [(case.layout(sequences, 64, microbatches=3), dict(head_chunk=20))]
-        if dtype == "float64":
-            padded = case.layout(sequences, 110, packed=False)
-            cuts.append((padded, dict(head_chunk=64, remat="full")))
-        for batch, options in cuts:
-            found, same = case.gradient(model, batch, compute=compute(**options))
-            assert case.distance(found, expected) <= limit
-            for name in metrics.keys() - {"clip_ratio/low_min", "clip_ratio/high_max"}:
-                assert float(same[name]) == pytest.approx(float(metrics[name]), rel=1e-5), name
+        # One a row, mostly padding; packed into three microbatches of one row, the head in chunks, layers recomputed.
+        alone = case.layout(sequences, 70, packed=False)
+        cut = case.layout(sequences, 64, microbatches=3)
+        expected, metrics = case.gradient(model, alone, compute=compute())
+        found, same = case.gradient(model, cut, compute=compute(head_chunk=20, remat="full"))
+        assert case.distance(found, expected) <= limit
+        for name in metrics.keys() - {"clip_ratio/low_min", "clip_ratio/high_max"}:
+            assert float(same[name]) == pytest.approx(float(metrics[name]), rel=1e-5), name
         used = [name for name, x in expected.items() if np.any(x)]
         assert len(used) == len(expected)  # the vision tower too
 
@@ -82,13 +78,9 @@ def on_eight_devices(shapes):
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-def test_eight_devices_give_the_gradient_of_one():
-    on_eight_devices([(2, 2, 2)])
-
-
 @pytest.mark.full
-def test_every_mesh_of_eight_gives_the_gradient_of_one():
-    on_eight_devices([(8, 1, 1), (1, 8, 1), (1, 4, 2), (1, 1, 8)])
+def test_every_mesh_of_eight_gives_the_gradient_of_one_in_float64():
+    on_eight_devices([(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2), (1, 1, 8)])
 
 
 def text_batch(microbatches=2, row_length=64, **changes):
@@ -101,7 +93,7 @@ def text_batch(microbatches=2, row_length=64, **changes):
 def trained():
     """Three SFT updates with the vision tower and one matrix frozen."""
     optimizer, schedule = case.optimizer(schedule="constant", warmup_steps=0)
-    state = steps.init_state(case.make_model(), optimizer, FREEZE)
+    state = jax.jit(lambda m: steps.init_state(m, optimizer, FREEZE))(case.make_model())
     start = jax.device_get(state)
     step = steps.make_train_step(
         "sft", optimizer, trainable=FREEZE, schedule=schedule, compute=COMPUTE
@@ -157,19 +149,24 @@ def test_the_old_state_is_donated(trained):
 def test_one_update_equals_optax_on_the_whole_gradient():
     optimizer, _ = case.optimizer(clip_norm=0.01)
     model = case.make_model()
-    state = steps.init_state(model, optimizer)
+    state = jax.jit(lambda m: steps.init_state(m, optimizer))(model)
     batch = text_batch()
     gradient, _ = case.gradient(model, batch, compute=COMPUTE)
-    parameters = steps.split_trainable(model, None)
-    updates, _ = optimizer.update(gradient, state.opt_state, parameters)
-    expected = optax.apply_updates(parameters, updates)
+
+    @functools.partial(jax.jit, compiler_options=case.QUICK)
+    def update(gradient, state):
+        parameters = steps.split_trainable(state.model, None)
+        updates, _ = optimizer.update(gradient, state.opt_state, parameters)
+        return optax.apply_updates(parameters, updates)
+
+    expected = update(gradient, state)
     step = steps.make_train_step(
         "grpo", optimizer, compute=COMPUTE, loss_settings=case.GRPO, donate=False
     )
     found, metrics = step(state, batch)
     for name, leaf in named_leaves(found.model):
         np.testing.assert_allclose(leaf, expected[name], atol=1e-5)
-    norm = np.sqrt(sum(float((x**2).sum()) for x in gradient.values()))
+    norm = np.sqrt(sum((np.asarray(x) ** 2).sum() for x in gradient.values()))
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)  # before clipping
 
 
