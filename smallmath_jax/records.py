@@ -84,6 +84,79 @@ class Completion:
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One step of a search tree. `tag` names its place: "0" is the root, "0.2.1" the root's second child's first child."""
+
+    tag: str
+    text: str  # what the policy wrote, then what the sandbox appended; "" at the root
+    token_ids: list[
+        int
+    ]  # the same as ids, in the same order: ids travel, text is never re-tokenised
+    written: int  # the first `written` ids are the policy's, the rest were appended
+    log_prob: float  # sum over the written ids, under the sampling distribution
+    kind: str  # root | open | answer | error | too_deep | invalid
+    visit_count: int
+    value_sum: float  # Q-value = value_sum / visit_count, 0 when never visited
+    score: float | None = None  # first score the preference model gave
+    answer: str | None = None  # extracted, answer nodes only
+    verdict: str = ""  # answer nodes, where the gold answer is known
+    status: str = ""  # the sandbox's verdict on this step's code ("" where none ran)
+    output: str = ""  # its standard output, exact
+    error: str = ""  # the tail of its standard error
+    errors: int = 0  # failed steps in a row, this one included
+
+    @property
+    def q_value(self) -> float:
+        return self.value_sum / self.visit_count if self.visit_count else 0.0
+
+    @property
+    def parent(self) -> str:
+        """The parent's tag; "" for the root."""
+        return self.tag.rpartition(".")[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A searched problem, as a line of trees/*.jsonl. `nodes` are in the order of their creation, the root first."""
+
+    problem_id: str
+    problem: str
+    gold: str
+    nodes: list[Node]
+    chosen: str = ""  # tag of the answer node the search settled on; "" for none
+    rollouts: int = 0  # rollouts taken, wasted ones included
+    wasted: int = 0  # rollouts that ended on an exhausted node
+    tokens: int = 0  # tokens the policy wrote, filtered candidates included
+    stopped: str = ""  # why the search ended: rollouts | exhausted | decided | confident
+    seed: int = 0
+    round: int = 0
+    level: int | None = None
+    subject: str | None = None
+    source: str = ""
+    template: str | None = None
+    images: tuple[str, ...] = ()  # paths, or data: URLs of embedded pictures
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # settings, sandbox tier, ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencePair:
+    """Two continuations of one prefix, as a line of pairs/*.jsonl."""
+
+    problem_id: str
+    prefix_ids: list[int]  # tokens after the prompt up to the step; empty at the root
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    positives: (
+        int  # chosen and rejected siblings of this prefix: the loss is divided by their product
+    )
+    negatives: int
+    margin: float  # Q-value of the chosen step minus that of the rejected one
+    kind: str  # step | trajectory
+    chosen: str = ""  # the texts, for reading
+    rejected: str = ""
+
+
 def draw_key(*parts: Any) -> np.ndarray:
     """A uint32 [2] key of a random draw, from what names the draw: (seed, problem, step, sample ...) (law 5)."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode()).digest()
