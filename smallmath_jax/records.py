@@ -86,7 +86,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """One step of a search tree. `tag` names its place: "0" is the root, "0.2.1" the root's second child's first child."""
+    """One step of a search tree. `tag` is its place: "0" the root, "0.2.1" the first child of its second child."""
 
     tag: str
     text: str  # what the policy wrote, then what the sandbox appended; "" at the root
