@@ -106,6 +106,16 @@ def test_what_is_out_of_time_is_a_timeout_and_the_next_opinion_is_fine():
         assert short.grade_answer(*INTEGRAL).verdict == "correct"
 
 
+def test_cpu_limit_holds_where_the_host_process_ignores_its_signal():
+    """As libtpu makes it."""
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    try:
+        with Grader(cpu_s=0.001, wall_s=60) as short:
+            assert short.grade_answer(*INTEGRAL).verdict == "timeout"
+    finally:
+        signal.signal(signal.SIGPROF, before)
+
+
 PROGRAM = """
 import importlib.util, sys, time
 spec = importlib.util.spec_from_file_location("second_opinion", sys.argv[1])
