@@ -32,6 +32,11 @@ class Problem:
     template: str | None = None  # embedded problems: the template's name
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every gold answer: any of them is right. `answer` is the first."""
+        return tuple(self.meta.get("accepted") or (self.answer,))
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -105,10 +110,12 @@ class Node:
     output: str = ""  # its standard output, exact
     error: str = ""  # the tail of its standard error
     errors: int = 0  # failed steps in a row, this one included
+    rollout: int = 0  # the rollout that made it, from 0
 
     @property
     def q_value(self) -> float:
-        return self.value_sum / self.visit_count if self.visit_count else 0.0
+        """Mean value; without a visit, the initial value if there is one, else 0."""
+        return self.value_sum / max(self.visit_count, 1)
 
     @property
     def parent(self) -> str:
@@ -128,7 +135,7 @@ class Tree:
     rollouts: int = 0  # rollouts taken, wasted ones included
     wasted: int = 0  # rollouts that ended on an exhausted node
     tokens: int = 0  # tokens the policy wrote, filtered candidates included
-    stopped: str = ""  # why the search ended: rollouts | exhausted | decided | confident
+    stopped: str = ""  # why the search ended: rollouts | exhausted | decided | confident | failed
     seed: int = 0
     round: int = 0
     level: int | None = None
