@@ -1,38 +1,37 @@
 """The run report: report/index.html, one self-contained page, and report/report.json with every number it shows.
 
-Everything is read back from the workdir's logs, so a report can be made again at any time, of any run.
+Everything is read back from the workdir's logs, so a report can be made again at any time, of any run: one without
+pictures, levels or evaluations, or one that has not finished, shows what is there. The plots also lie in report/plots
+as PNG files, for slides. A self-evolution run's own sections are in report/evolution.py.
 """
 
-import base64
-import hashlib
-import html
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
 from smallmath_jax.records import read_parts, to_json, write_text
-from smallmath_jax.report import plots
+from smallmath_jax.report import evolution, plots, samples
+from smallmath_jax.report.markup import document, escape, figure, percent, table
 
 Row = dict[str, Any]
-SHOWN_SAMPLES = 12
 
 # Panels of the training curves: title -> metric names; names absent from a log leave no panel.
 PANELS = {
     "reward": {"reward": "reward", "spread in a group": "reward_std"},
+    "reward parts": {
+        "format": "rewards/format/mean",
+        "length": "rewards/length/mean",
+        "correct": "rewards/correct/mean",
+    },
     "accuracy of rollouts": {"accuracy": "accuracy"},
     "completion length, tokens": {
         "all": "completions/mean_length",
         "right": "length/correct_mean",
         "wrong": "length/wrong_mean",
-    },
-    "reward parts": {
-        "format": "rewards/format/mean",
-        "length": "rewards/length/mean",
-        "correct": "rewards/correct/mean",
     },
     "groups": {
         "all right": "groups/all_correct",
@@ -48,24 +47,20 @@ PANELS = {
         "mean |log-prob difference|": "sampling/sampling_logp_difference/mean"
     },
     "token accuracy": {"token accuracy": "mean_token_accuracy"},
+    "preference accuracy": {"training": "accuracy/pairs", "held out": "eval/accuracy"},
     "tokens per second": {"tokens/s": "tokens_per_second"},
 }
-
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1f2937;background:#fff}
-h1{font-size:1.6em;margin-bottom:.2em}h2{margin-top:2em;border-bottom:1px solid #e5e7eb;padding-bottom:.2em}
-table{border-collapse:collapse;margin:.8em 0}td,th{padding:.25em .8em;border-bottom:1px solid #e5e7eb;text-align:right}
-td:first-child,th:first-child{text-align:left}img.plot{max-width:100%}.note{color:#6b7280;font-size:.9em}
-.sample{border:1px solid #e5e7eb;border-radius:8px;padding:.7em 1em;margin:.8em 0}.sample pre{white-space:pre-wrap;
-background:#f9fafb;padding:.5em;margin:.3em 0;font-size:.85em}.right{color:#047857}.wrong{color:#b91c1c}
-.sample img{image-rendering:pixelated;min-width:112px;max-width:320px;border:1px solid #e5e7eb;margin:.3em}
-"""
+CATEGORIES = {"by_level": "by level", "by_subject": "by subject", "by_set": "by problem set"}
 
 
 def write_report(
     workdir: str | os.PathLike[str], compare: Iterable[str] = (), wall_s: float | None = None
 ) -> dict:
-    """Writes WORKDIR/report/index.html and report.json; returns what report.json holds."""
+    """Writes WORKDIR/report/index.html, report.json and plots/*.png; returns what report.json holds.
+
+    `compare`: workdirs of other runs whose evaluations are shown beside this one's. WORKDIR/evolution.json, if there,
+    has the shape that evolution.py states; its fields join report.json.
+    """
     root = epath.Path(workdir)
     evaluations = find_evaluations(root)
     for other in compare:
@@ -76,15 +71,34 @@ def write_report(
         for stage, folder in (("sft", root / "sft" / "metrics"), ("train", root / "metrics"))
     }
     training = {stage: rows for stage, rows in training.items() if rows}
-    record = report_record(evaluations, training, wall_s)
+    rounds = evolution.read(root)
+    record = report_record(evaluations, training, wall_s, rounds)
     config = (
         json.loads((root / "config.json").read_text()) if (root / "config.json").exists() else {}
     )
     write_text(root / "report" / "report.json", json.dumps(json.loads(to_json(record)), indent=1))
-    write_text(
-        root / "report" / "index.html", page(root.name, record, evaluations, training, config, root)
-    )
+    pictures = Pictures()
+    text = page(root.name, record, evaluations, training, config, pictures)
+    write_text(root / "report" / "index.html", text)
+    pictures.write(root / "report" / "plots")
     return record
+
+
+class Pictures:
+    """The plots of one page, each drawn as SVG for the page and as PNG for its file."""
+
+    def __init__(self):
+        self._files: dict[str, bytes] = {}
+
+    def __call__(self, name: str, draw, *data, caption: str = "", **options) -> str:
+        """The <figure> of `draw(*data, form="svg", **options)`; its PNG is kept as NAME.png."""
+        self._files[name] = draw(*data, form="png", **options)
+        return figure(draw(*data, form="svg", **options), caption)
+
+    def write(self, folder: epath.Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (folder / f"{name}.png").write_bytes(content)
 
 
 def find_evaluations(root: epath.Path) -> dict[str, dict[str, Any]]:
@@ -105,7 +119,10 @@ def find_evaluations(root: epath.Path) -> dict[str, dict[str, Any]]:
 
 
 def report_record(
-    evaluations: dict[str, dict[str, Any]], training: dict[str, list[Row]], wall_s: float | None
+    evaluations: dict[str, dict[str, Any]],
+    training: dict[str, list[Row]],
+    wall_s: float | None,
+    rounds: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What report.json holds: the last evaluation's headline form on top, before and after, every evaluation."""
     record: dict[str, Any] = {}
@@ -114,10 +131,8 @@ def report_record(
         results.get("after") or results.get("evaluation") or next(iter(results.values()), None)
     )
     if headline:
-        record |= {
-            name: headline[name]
-            for name in ("accuracy", "n", "ci", "by_level", "by_subject", "decoding")
-        }
+        fields = ("accuracy", "n", "ci", "by_level", "by_subject", "decoding")
+        record |= {name: headline[name] for name in fields if name in headline}
     for name in ("before", "after"):
         if name in results:
             record[name] = results[name]
@@ -126,6 +141,7 @@ def report_record(
         stage: {"steps": rows[-1]["step"], "first": rows[0], "last": rows[-1]}
         for stage, rows in training.items()
     }
+    record |= rounds or {}
     if wall_s is not None:
         record["wall_s"] = round(wall_s, 1)
     return record
@@ -137,188 +153,222 @@ def page(
     evaluations: dict[str, dict[str, Any]],
     training: dict[str, list[Row]],
     config: dict[str, Any],
-    root: epath.Path,
+    pictures: Pictures,
 ) -> str:
     """The whole report as one HTML text without outside links."""
-    parts = [
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    ]
     task = config.get("config", {})
-    parts.append(
-        f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(_subtitle(task, config, record))}</p>"
-    )
-    if evaluations:
-        parts += _accuracy_section({name: found["result"] for name, found in evaluations.items()})
+    results = {name: found["result"] for name, found in evaluations.items()}
+    sections: dict[str, str] = {}
+    if results:
+        sections["Accuracy"] = accuracy_section(results, pictures)
+        sections["Where the right answers are"] = pies_section(results, pictures)
+    sections |= evolution.sections(record, pictures)
     for stage, rows in training.items():
         name = "SFT cold start" if stage == "sft" else f"Training ({task.get('task', 'run')})"
-        parts.append(f"<h2>{name}</h2>{_curves(rows)}")
-    if evaluations:
-        parts += _sample_section(evaluations, root)
+        sections[name] = curves_section(rows, stage, pictures)
+    sections |= samples.sections(evaluations, pictures)
     if config:
-        text = html.escape(json.dumps(config, indent=1))
-        parts.append(
-            f"<h2>Settings</h2><details><summary>config.json</summary><pre>{text}</pre></details>"
-        )
-    return "\n".join(parts)
-
-
-def _subtitle(task: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> str:
-    words = [f"{task.get('task', '')}:{task.get('mode', '')}", f"model {task.get('model', '')}"]
-    words += [
-        f"seed {task.get('seed', '')}",
-        str(config.get("devices", "")),
-        f"revision {config.get('revision', '')}",
+        text = escape(json.dumps(config, indent=1))
+        sections["Settings"] = f"<details><summary>config.json</summary><pre>{text}</pre></details>"
+    sections = {name: text for name, text in sections.items() if text}
+    anchors = {name: f"s{place}" for place, name in enumerate(sections)}
+    contents = "".join(f"<a href='#{anchors[name]}'>{escape(name)}</a>" for name in sections)
+    body = [
+        "<main><header class=top><p class=eyebrow>smallmath_jax · run report</p>",
+        f"<h1>{escape(title)}</h1><ul class=facts>{_facts(task, config, record)}</ul>",
+        hero(record),
+        f"<nav class=contents aria-label=Contents>{contents}</nav></header>",
+        *(
+            f"<section id={anchors[name]}><h2>{escape(name)}</h2>{text}</section>"
+            for name, text in sections.items()
+        ),
+        "</main>",
     ]
+    return document(title, ["base.css", "report.css"], "\n".join(body))
+
+
+def _facts(task: dict[str, Any], config: dict[str, Any], record: dict[str, Any]) -> str:
+    words = []
+    if task.get("task"):
+        words.append(":".join(str(task[name]) for name in ("task", "mode") if task.get(name)))
+    words += [f"{name} {task[name]}" for name in ("model", "seed") if name in task]
+    words += [str(config["devices"])] if config.get("devices") else []
+    words += [f"revision {config['revision']}"] if config.get("revision") else []
     if "wall_s" in record:
-        words.append(f"{record['wall_s']:.0f} s in all")
-    return " · ".join(word for word in words if word)
+        words.append(duration(record["wall_s"]))
+    return "".join(f"<li>{escape(word)}</li>" for word in words)
 
 
-def _accuracy_section(results: dict[str, dict[str, Any]]) -> list[str]:
-    parts = ["<h2>Accuracy</h2>", _overall_table(results)]
-    overall = {name: {"overall": result} for name, result in results.items()}
-    parts.append(
-        _picture(plots.accuracy_bars(overall, "overall, 95 % Wilson intervals"), "accuracy overall")
-    )
-    for field, title in (
-        ("by_level", "by level"),
-        ("by_subject", "by subject"),
-        ("by_set", "by problem set"),
-    ):
-        tables = {name: result[field] for name, result in results.items() if result.get(field)}
-        if tables and (field != "by_set" or any(len(table) > 1 for table in tables.values())):
-            parts.append(_picture(plots.accuracy_bars(tables, title), f"accuracy {title}"))
-            parts.append(_category_table(tables))
-    shown = {
-        name: result
-        for name, result in results.items()
-        if name in ("before", "after", "evaluation")
-    } or results
-    for field, title in (("by_subject", "by subject"), ("by_level", "by level")):
-        tables = {name: result[field] for name, result in shown.items()}
-        parts.append(
-            _picture(plots.correct_pies(tables, f"right answers {title}"), f"right answers {title}")
+def duration(seconds: float) -> str:
+    """Seconds as one reads them: 48 s, 10 min 10 s, 7 h 5 min."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def hero(record: dict[str, Any]) -> str:
+    """The few numbers one remembers; says so when there is no evaluation yet."""
+    before, after = record.get("before"), record.get("after")
+    cells = []
+    if before and after:
+        gain = 100 * (after["accuracy"] - before["accuracy"])
+        cells.append(_cell(percent(before["accuracy"]), "before training"))
+        cells.append(_cell(percent(after["accuracy"]), "after training", lead=True))
+        cells.append(_cell(f"{gain:+.1f}", "points gained"))
+    elif "accuracy" in record:
+        which = "before training; the run has not finished" if before else "accuracy"
+        cells.append(_cell(percent(record["accuracy"]), which, lead=True))
+    if "ci" in record:
+        low, high = record["ci"]
+        cells.append(
+            _cell(f"{100 * low:.0f}–{100 * high:.0f}%", f"95 % interval, {record['n']} problems")
         )
-    return parts
+    if not cells and not record.get("rounds"):
+        return "<p class=note>No evaluation yet: this run has not finished.</p>"
+    return f"<div class=hero>{''.join(cells)}</div>" if cells else ""
 
 
-def _overall_table(results: dict[str, dict[str, Any]]) -> str:
-    rows = []
+def _cell(number: str, words: str, lead: bool = False) -> str:
+    return f"<div{' class=lead' if lead else ''}><b>{number}</b><span>{escape(words)}</span></div>"
+
+
+def accuracy_section(results: dict[str, dict[str, Any]], pictures: Pictures) -> str:
+    overall = {name: {"overall": result} for name, result in results.items()}
+    rows = {
+        field: {name: result[field] for name, result in results.items() if result.get(field)}
+        for field in CATEGORIES
+    }
+    if not any(len(found) > 1 for found in rows["by_set"].values()):
+        rows["by_set"] = {}
+    known = lambda found: any(set(groups) != {"unknown"} for groups in found.values())
+    drawn = [
+        pictures("accuracy", plots.accuracy_bars, overall, "overall"),
+        *(
+            _category_plot(field, title, rows[field], pictures)
+            for field, title in CATEGORIES.items()
+            if rows[field] and known(rows[field])
+        ),
+    ]
+    note = "<p class=note>Whiskers and intervals: 95 %, Wilson's method, over problems.</p>"
+    return overall_table(results) + note + f"<div class=grid>{''.join(drawn)}</div>"
+
+
+def _category_plot(field: str, title: str, tables: dict, pictures: Pictures) -> str:
+    prefix = "level " if field == "by_level" else ""
+    drawn = pictures(f"accuracy_{field}", plots.accuracy_bars, tables, title, prefix=prefix)
+    return f"<div>{drawn}{category_table(tables)}</div>"
+
+
+def overall_table(results: dict[str, dict[str, Any]]) -> str:
+    """Every evaluation, decoding and problem set; pass@k and maj@k in a table of their own."""
+    rows, chances = [], []
     for name, result in results.items():
         for decoding in ("sampled", "greedy"):
-            if decoding not in result:
+            found = result.get(decoding)
+            if not found:
                 continue
-            table = result[decoding]
-            for label, cell in {
-                "": table,
-                **{f" · {s}": t for s, t in table["by_set"].items()},
-            }.items():
-                if label and len(table["by_set"]) == 1:
-                    continue
-                lenient = f"{cell['lenient']['accuracy']:.1%}" if "lenient" in cell else ""
+            sets = found.get("by_set", {})
+            shown = {"": found} if len(sets) < 2 else sets
+            for label, cell in shown.items():
                 low, high = cell["ci"]
                 rows.append(
-                    f"<tr><td>{html.escape(name + label)}<td>{decoding}<td><b>{cell['accuracy']:.1%}</b>"
-                    f"<td>{low:.1%} – {high:.1%}<td>{cell['n']}<td>{lenient}<td>{cell['mean_length']:.0f}</tr>"
+                    [
+                        escape(name),
+                        escape(label),
+                        decoding,
+                        f"<b>{percent(cell['accuracy'])}</b>",
+                        f"{percent(low)} – {percent(high)}",
+                        str(cell["n"]),
+                        percent(cell["lenient"]["accuracy"]) if "lenient" in cell else "",
+                        percent(cell["no_answer"]) if "no_answer" in cell else "",
+                        f"{cell['mean_length']:.0f}" if "mean_length" in cell else "",
+                    ]
                 )
-            for kind in ("pass_at_k", "maj_at_k"):
-                for k, value in table.get(kind, {}).items():
-                    share = value if kind == "pass_at_k" else value["accuracy"]
-                    label = f"{name} · {kind.split('_')[0]}@{k}"
-                    rows.append(
-                        f"<tr><td>{html.escape(label)}<td>{decoding}<td><b>{share:.1%}</b><td><td><td><td></tr>"
-                    )
-    head = "<tr><th>evaluation<th>decoding<th>accuracy<th>95 % interval<th>problems<th>lenient<th>mean tokens</tr>"
-    return f"<table>{head}{''.join(rows)}</table>"
+            chances += _chance_rows(name, decoding, found)
+    head = ["evaluation", "problems of", "decoding", "accuracy", "95 % interval", "problems"]
+    head += ["lenient", "no answer", "mean tokens"]
+    kept = [place for place in range(len(head)) if any(row[place] for row in rows)]
+    text = table([head[p] for p in kept], [[row[p] for p in kept] for row in rows])
+    if chances:
+        text += "<h3>pass@k and maj@k</h3>"
+        text += table(["evaluation", "k", "pass@k", "maj@k", "95 % interval of maj@k"], chances)
+    return text
 
 
-def _category_table(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
-    categories = sorted({category for table in tables.values() for category in table})
-    head = "<tr><th>" + "".join(f"<th>{html.escape(name)}" for name in tables) + "</tr>"
-    lines = []
+def _chance_rows(name: str, decoding: str, found: dict[str, Any]) -> list[list[str]]:
+    """pass@k beside maj@k; with k = 1 alone they are the accuracy again, and stay out."""
+    chances, votes = found.get("pass_at_k", {}), found.get("maj_at_k", {})
+    if set(chances) <= {"1"}:
+        return []
+    rows = []
+    for k, chance in chances.items():
+        vote = votes.get(k)
+        interval = " – ".join(percent(end) for end in vote["ci"]) if vote else ""
+        rows.append(
+            [
+                escape(f"{name}, {decoding}"),
+                escape(k),
+                percent(chance),
+                percent(vote["accuracy"]) if vote else "",
+                interval,
+            ]
+        )
+    return rows
+
+
+def category_table(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
+    categories = sorted({category for found in tables.values() for category in found})
+    rows = []
     for category in categories:
-        cells = []
-        for table in tables.values():
-            cell = table.get(category)
-            cells.append(f"<td>{cell['accuracy']:.1%} ({cell['n']})" if cell else "<td>")
-        lines.append(f"<tr><td>{html.escape(category)}{''.join(cells)}</tr>")
-    return f"<details><summary>numbers</summary><table>{head}{''.join(lines)}</table></details>"
+        cells = [found.get(category) for found in tables.values()]
+        shown = [f"{percent(cell['accuracy'])} ({cell['n']})" if cell else "" for cell in cells]
+        rows.append([escape(category), *shown])
+    head = ["", *(escape(name) for name in tables)]
+    return f"<details><summary>numbers</summary>{table(head, rows)}</details>"
 
 
-def _curves(rows: list[Row]) -> str:
+def pies_section(results: dict[str, dict[str, Any]], pictures: Pictures) -> str:
+    """Small-Math-R1's pies (section 4.3.4): the right answers' spread over subjects and levels, before and after."""
+    own = {n: r for n, r in results.items() if n in ("before", "after", "evaluation")} or results
+    parts = []
+    for field in ("by_subject", "by_level"):
+        tables = {name: result[field] for name, result in own.items() if result.get(field)}
+        categories = sorted({category for found in tables.values() for category in found})
+        if categories in ([], ["unknown"]):
+            continue
+        prefix = "level " if field == "by_level" else ""
+        for place, (name, found) in enumerate(tables.items()):
+            named = {prefix + category: cell for category, cell in found.items()}
+            parts.append(
+                pictures(
+                    f"right_answers_{field}_{place}",
+                    plots.correct_pie,
+                    named,
+                    f"{name}: right answers {CATEGORIES[field]}",
+                    categories=[prefix + category for category in categories],
+                )
+            )
+    return f"<div class=grid>{''.join(parts)}</div>" if parts else ""
+
+
+def curves_section(rows: list[Row], stage: str, pictures: Pictures) -> str:
     steps = [row["step"] for row in rows]
-    series = {}
+    parts = []
     for title, names in PANELS.items():
         found = {
-            label: [float(row.get(name, math.nan)) for row in rows]
+            label: [number(row.get(name)) for row in rows]
             for label, name in names.items()
             if any(name in row for row in rows)
         }
         if found:
-            series[title] = found
-    return _picture(plots.curves(steps, series, "step"), "training curves") if series else ""
+            file_name = f"{stage}_{title}".replace(" ", "_").replace("|", "").replace(",", "")
+            parts.append(pictures(file_name, plots.curves, steps, found, title))
+    return f"<div class='grid small'>{''.join(parts)}</div>" if parts else ""
 
 
-def _sample_section(evaluations: dict[str, dict[str, Any]], root: epath.Path) -> list[str]:
-    """The same problems through every evaluation of this run, pictures first, chosen by hash and not by eye."""
-    own = {
-        n: f for n, f in evaluations.items() if n in ("before", "after", "evaluation")
-    } or evaluations
-    tables = {name: _samples_by_problem(found) for name, found in own.items()}
-    shared = set.intersection(*(set(table) for table in tables.values()))
-    order = sorted(shared, key=lambda problem: hashlib.sha256(problem.encode()).hexdigest())
-    first = next(iter(tables.values()))
-    pictured = [problem for problem in order if first[problem]["images"]][: SHOWN_SAMPLES // 2]
-    chosen = (
-        pictured
-        + [problem for problem in order if problem not in pictured][: SHOWN_SAMPLES - len(pictured)]
-    )
-    parts = ["<h2>Sample completions</h2>", "<p class=note>Chosen by hash of the problem's id.</p>"]
-    for problem in chosen:
-        row = first[problem]
-        pictures = "".join(_image(image, root) for image in row["images"])
-        question = html.escape(row["prompt"])
-        parts.append(
-            f"<div class=sample>{pictures}<pre>{question}</pre><p>gold: <b>{html.escape(row['gold'])}</b></p>"
-        )
-        for name, table in tables.items():
-            sample = table[problem]
-            colour = "right" if sample["verdict"] == "correct" else "wrong"
-            parts.append(
-                f"<p>{html.escape(name)}: <b class={colour}>{sample['verdict']}</b></p>"
-                f"<pre>{html.escape(sample['text'])}</pre>"
-            )
-        parts.append("</div>")
-    lengths = {
-        name: [len(row["token_ids"]) for row in table.values()] for name, table in tables.items()
-    }
-    parts.append(_picture(plots.length_histogram(lengths), "completion lengths"))
-    return parts
-
-
-def _samples_by_problem(found: dict[str, Any]) -> dict[str, Row]:
-    decoding = found["result"]["decoding"]
-    rows = read_parts(found["folder"] / "completions")
-    return {
-        row["problem_id"]: row
-        for row in rows
-        if row["extra"]["decoding"] == decoding and row["sample"] == 0
-    }
-
-
-def _image(source: str, root: epath.Path) -> str:
-    if not source.startswith("data:"):
-        path = epath.Path(source)
-        if not path.exists():
-            return f"<p class=note>picture {html.escape(source)} is no longer there</p>"
-        kind = (
-            "jpeg"
-            if path.suffix.lower() in (".jpg", ".jpeg")
-            else path.suffix.lower().lstrip(".") or "png"
-        )
-        source = f"data:image/{kind};base64," + base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="{source}" alt="the problem\'s picture">'
-
-
-def _picture(png: bytes, alt: str) -> str:
-    return f'<img class=plot alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def number(value: Any) -> float:
+    """A logged value as a number; NaN for one that is absent."""
+    return math.nan if value is None else float(value)

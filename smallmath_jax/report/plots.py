@@ -1,7 +1,11 @@
-"""Pictures of a run: accuracy bars with intervals, the pies of the right answers, training curves. PNG bytes out."""
+"""Pictures of a run: accuracy bars with intervals, the pies of the right answers, curves. PNG or SVG bytes out.
+
+An SVG takes its text colours from the page it stands in (light or dark) and holds no links; a PNG stands alone.
+"""
 
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,138 +14,253 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
 
-COLOURS = ("#9aa5b1", "#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d")
+from smallmath_jax.report.markup import escape  # noqa: E402
+
+COLOURS = ("#8a96a5", "#2f6bdb", "#d97706", "#0f9d72", "#8b5cf6", "#d6468f", "#0e97b5", "#76a01b")
+SLICES = ("#2f6bdb", "#d97706", "#0f9d72", "#8b5cf6", "#d6468f", "#0e97b5", "#76a01b", "#8a96a5")
+INK, MUTED, LINE = "#18212f", "#5b6675", "#dfe3e8"
+THEMED = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"}
 SMOOTHED_FROM = 40  # points: from here on a curve is drawn thin, its running mean thick
+LONG_NAME = 8  # characters: from here on categories are rows, so that no name meets its neighbour
+PIE_SLICES = 9  # the rest is one slice
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": LINE,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "smallmath",
+}
+NOT_INLINE = r"<!--.*?-->|<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>"
 
 
-def _png(draw: Callable[[], Any]) -> bytes:
-    with pyplot.rc_context(
-        {
-            "font.size": 9,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.grid.axis": "y",
-            "grid.alpha": 0.25,
-            "axes.axisbelow": True,
-            "figure.dpi": 110,
-        }
-    ):
+def _rendered(draw: Callable[[], Any], form: str, title: str) -> bytes:
+    """The figure that `draw` makes, as `form`: png | svg."""
+    with pyplot.rc_context(STYLE):
         figure = draw()
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", bbox_inches="tight")
+        if form == "svg":
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(
+                buffer, format="svg", bbox_inches="tight", transparent=True, metadata=nothing
+            )
+        else:
+            figure.savefig(buffer, format=form, bbox_inches="tight", dpi=200)
         pyplot.close(figure)
-    return buffer.getvalue()
+    return _inline(buffer.getvalue().decode(), title) if form == "svg" else buffer.getvalue()
 
 
-def accuracy_bars(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> bytes:
-    """Grouped bars with Wilson intervals. `tables`: evaluation -> category -> {"accuracy", "n", "ci"}."""
+def _inline(svg: str, title: str) -> bytes:
+    """matplotlib's SVG file as an element of an HTML page: no prolog, themed colours, named for screen readers."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(NOT_INLINE, "", svg, flags=re.S)
+    svg = re.sub(r' id="[a-z0-9]+(\.[a-z]+)?_\d+"', "", svg)
+    width = float(re.search(r'<svg[^>]*? width="([0-9.]+)pt"', svg)[1])
+    size = f'style="max-width:{width * 4 / 3:.0f}px"'  # letters of one size in all of them
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf"\1 {size}", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    svg = re.sub(r'xlink:href="(#[^"]*)"', r"href='\1'", svg)  # a marker, in the picture itself
+    for colour, name in THEMED.items():
+        svg = svg.replace(colour, name)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1).encode()
+
+
+def accuracy_bars(
+    tables: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    title: str,
+    form: str = "png",
+    prefix: str = "",
+) -> bytes:
+    """Grouped bars with Wilson intervals. `tables`: evaluation -> category -> {"accuracy", "n", "ci"}.
+
+    Short categories stand side by side, long or many ones below each other. `prefix` comes before each name.
+    """
     categories = sorted({category for table in tables.values() for category in table})
+    names = [f"{prefix}{category}" for category in categories]
+    rows = len(categories) > 7 or any(len(name) >= LONG_NAME + len(prefix) for name in names)
+    # the number over a bar where there is room for it
+    numbered = len(tables) * len(categories) <= 12
 
     def draw():
-        width = max(4.5, 0.55 * len(categories) * max(len(tables), 1) + 1.5)
-        figure, axes = pyplot.subplots(figsize=(min(width, 13), 3.2))
-        bar = 0.8 / max(len(tables), 1)
-        for series, (name, table) in enumerate(tables.items()):
+        count = max(len(tables), 1)
+        width = max(2.8, 5.2 - 0.08 * max((len(name) + 10 for name in names), default=0))
+        size = (width, 0.75 + (0.15 + 0.17 * count) * len(categories)) if rows else (5.6, 2.9)
+        figure, axes = pyplot.subplots(figsize=size)
+        thick = 0.82 / count
+        for series, table in enumerate(tables.values()):
             for place, category in enumerate(categories):
                 cell = table.get(category)
-                if not cell or not cell["n"]:
-                    continue
-                x = place + (series - (len(tables) - 1) / 2) * bar
-                low, high = cell["ci"]
-                share = cell["accuracy"]
-                label = name if place == 0 else None
-                axes.bar(
-                    x, 100 * share, bar * 0.92, color=COLOURS[series % len(COLOURS)], label=label
-                )
-                axes.errorbar(
-                    x,
-                    100 * share,
-                    [[100 * max(0.0, share - low)], [100 * max(0.0, high - share)]],
-                    color="#1f2937",
-                    capsize=2,
-                    linewidth=0.9,
-                )
-        labels = [f"{c}\n(n={_count(tables, c)})" for c in categories]
-        axes.set_xticks(range(len(categories)), labels, rotation=0 if len(categories) < 7 else 25)
-        axes.set_ylabel("accuracy, %")
-        axes.set_ylim(0, 100)
-        axes.set_title(title, loc="left", fontsize=10)
+                if cell and cell["n"]:
+                    at = place + (series - (count - 1) / 2) * thick
+                    _bar(axes, at, thick, cell, COLOURS[series % len(COLOURS)], rows, numbered)
+        labels = [
+            f"{name}  (n = {_count(tables, c)})" if rows else f"{name}\nn = {_count(tables, c)}"
+            for name, c in zip(names, categories, strict=True)
+        ]
+        _share_axis(axes, labels, rows)
+        axes.set_title(title, pad=22 if len(tables) > 1 else 8)
         if len(tables) > 1:
             handles = [
                 pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[i % len(COLOURS)])
                 for i in range(len(tables))
             ]
-            axes.legend(handles, list(tables), frameon=False, fontsize=8, ncols=min(len(tables), 4))
+            _legend_above(axes, handles, list(tables))
         return figure
 
-    return _png(draw)
+    return _rendered(draw, form, title)
+
+
+def _bar(axes, at, thick, cell, colour, row: bool, numbered: bool) -> None:
+    share, (low, high) = 100 * cell["accuracy"], (100 * value for value in cell["ci"])
+    if row:
+        axes.barh(at, share, thick * 0.9, color=colour)
+        axes.plot([low, high], [at, at], color=INK, linewidth=1.1, solid_capstyle="butt")
+    else:
+        axes.bar(at, share, thick * 0.9, color=colour)
+        axes.plot([at, at], [low, high], color=INK, linewidth=1.1, solid_capstyle="butt")
+    if numbered:
+        place = (high + 1.5, at) if row else (at, high + 1.5)
+        side = {"va": "center"} if row else {"ha": "center"}
+        axes.text(*place, f"{share:.0f}", fontsize=7.5, color=MUTED, **side)
+
+
+def _share_axis(axes, labels: list[str], rows: bool) -> None:
+    if rows:
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 105)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_xlabel("accuracy, %")
+        axes.grid(False, axis="y")
+    else:
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_ylim(0, 105)
+        axes.set_yticks(range(0, 101, 20))
+        axes.set_ylabel("accuracy, %")
+        axes.grid(False, axis="x")
+
+
+def _legend_above(axes, handles: list, names: list[str]) -> None:
+    """A legend between title and axes, in as many columns as fit."""
+    columns = max(1, min(len(names), 4, int(72 / (8 + max(len(name) for name in names)))))
+    lines = math.ceil(len(names) / columns)
+    axes.set_title(axes.get_title(loc="left"), pad=8 + 14 * lines)
+    axes.legend(
+        handles,
+        names,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.995),
+        ncols=columns,
+        columnspacing=1.2,
+        handlelength=1.1,
+        handletextpad=0.5,
+        borderaxespad=0,
+        borderpad=0.25,
+    )
 
 
 def _count(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], category: str) -> int:
     return max(int(table[category]["n"]) for table in tables.values() if category in table)
 
 
-def correct_pies(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], title: str) -> bytes:
-    """How the right answers spread over categories, one pie an evaluation (Small-Math-R1, section 4.3.4)."""
-    categories = sorted({category for table in tables.values() for category in table})
-    palette = {c: pyplot.get_cmap("tab10")(i % 10) for i, c in enumerate(categories)}
+def correct_pie(
+    table: Mapping[str, Mapping[str, Any]],
+    title: str,
+    categories: Sequence[str] = (),
+    form: str = "png",
+) -> bytes:
+    """How the right answers spread over categories (Small-Math-R1, section 4.3.4).
+
+    `table`: category -> {"correct", ...}. `categories` fixes the colours over several pies.
+    """
+    order = list(categories) or sorted(table)
+    found = {c: table[c]["correct"] for c in order if c in table and table[c]["correct"] > 0}
+    colours = {c: SLICES[place % len(SLICES)] for place, c in enumerate(order)}
+    if len(found) > PIE_SLICES:
+        largest = sorted(found, key=found.__getitem__, reverse=True)[: PIE_SLICES - 1]
+        rest = sum(value for c, value in found.items() if c not in largest)
+        found = {c: value for c, value in found.items() if c in largest} | {"others": rest}
 
     def draw():
-        figure, row = pyplot.subplots(
-            1, len(tables), figsize=(3.6 * len(tables), 3.3), squeeze=False
+        figure, axes = pyplot.subplots(figsize=(5.2, 2.5))
+        axes.set_title(title)
+        axes.set_anchor("W")
+        if not found:
+            axes.axis("off")
+            axes.text(0, 0.5, "nothing right", color=MUTED)
+            return figure
+        total = sum(found.values())
+        slices, _ = axes.pie(
+            list(found.values()),
+            colors=[colours.get(c, COLOURS[0]) for c in found],
+            startangle=90,
+            counterclock=False,
+            radius=1.2,
+            wedgeprops={"width": 0.55},
         )
-        for axes, (name, table) in zip(row[0], tables.items(), strict=True):
-            shares = {
-                c: table[c]["correct"] for c in categories if c in table and table[c]["correct"] > 0
-            }
-            if shares:
-                axes.pie(
-                    list(shares.values()),
-                    labels=list(shares),
-                    colors=[palette[c] for c in shares],
-                    autopct="%1.0f%%",
-                    textprops={"fontsize": 7.5},
-                )
-            else:
-                axes.text(0.5, 0.5, "nothing right", ha="center", transform=axes.transAxes)
-                axes.axis("off")
-            axes.set_title(name, fontsize=9)
-        figure.suptitle(title, fontsize=10)
+        names = [f"{c}: {value:.0f} ({100 * value / total:.0f} %)" for c, value in found.items()]
+        axes.text(0, 0, f"{total:.0f}\nright", ha="center", va="center", fontsize=9)
+        axes.legend(slices, names, loc="center left", bbox_to_anchor=(1.12, 0.5), handlelength=1)
         return figure
 
-    return _png(draw)
+    return _rendered(draw, form, title)
 
 
 def curves(
-    steps: Sequence[int], series: Mapping[str, Mapping[str, Sequence[float]]], step_name: str
+    steps: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    title: str,
+    step_name: str = "step",
+    form: str = "png",
 ) -> bytes:
-    """A grid of training curves. `series`: panel title -> line name -> values beside `steps` (NaN: absent)."""
+    """One panel of training curves. `lines`: name -> values beside `steps` (NaN: absent)."""
 
     def draw():
-        columns = min(3, len(series))
-        lines = math.ceil(len(series) / columns)
-        figure, grid = pyplot.subplots(
-            lines, columns, figsize=(4.1 * columns, 2.5 * lines), squeeze=False
-        )
-        for axes in grid.flat[len(series) :]:
-            axes.axis("off")
-        for axes, (title, found) in zip(grid.flat, series.items(), strict=False):
-            for colour, (name, values) in zip(COLOURS[1:], found.items(), strict=False):
-                _curve(axes, steps, values, name, colour)
-            axes.set_title(title, loc="left", fontsize=9)
-            axes.set_xlabel(step_name, fontsize=8)
-            if len(found) > 1:
-                axes.legend(frameon=False, fontsize=7)
-        figure.tight_layout()
+        figure, axes = pyplot.subplots(figsize=(3.7, 2.15))
+        for colour, (name, values) in zip(COLOURS[1:], lines.items(), strict=False):
+            _curve(axes, steps, values, name, colour)
+        axes.grid(False, axis="x")
+        axes.set_title(title)
+        axes.set_xlabel(step_name)
+        axes.margins(x=0.01)
+        if len(lines) > 1:
+            handles, names = axes.get_legend_handles_labels()
+            _legend_above(axes, handles, names)
         return figure
 
-    return _png(draw)
+    return _rendered(draw, form, title)
 
 
-def _curve(axes, steps: Sequence[int], values: Sequence[float], name: str, colour: str) -> None:
+def _curve(axes, steps: Sequence[float], values: Sequence[float], name: str, colour: str) -> None:
     if len(values) < SMOOTHED_FROM:
-        axes.plot(steps, values, color=colour, label=name, linewidth=1.4)
+        style = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
+        axes.plot(steps, values, color=colour, label=name, linewidth=1.6, **style)
         return
     axes.plot(steps, values, color=colour, linewidth=0.5, alpha=0.35)
     window = max(3, len(values) // 25)
@@ -149,21 +268,25 @@ def _curve(axes, steps: Sequence[int], values: Sequence[float], name: str, colou
     for end in range(1, len(values) + 1):
         recent = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
         smooth.append(sum(recent) / len(recent) if recent else math.nan)
-    axes.plot(steps, smooth, color=colour, label=name, linewidth=1.6)
+    axes.plot(steps, smooth, color=colour, label=name, linewidth=1.8)
 
 
-def length_histogram(lengths: Mapping[str, Sequence[int]]) -> bytes:
+def length_histogram(lengths: Mapping[str, Sequence[int]], form: str = "png") -> bytes:
     """Completion lengths of each evaluation, in tokens."""
 
     def draw():
-        figure, axes = pyplot.subplots(figsize=(5.5, 2.6))
+        figure, axes = pyplot.subplots(figsize=(5.6, 2.6))
         top = max((max(found) for found in lengths.values() if len(found)), default=1)
         bins = [top * i / 40 for i in range(41)]
         for colour, (name, found) in zip(COLOURS, lengths.items(), strict=False):
-            axes.hist(found, bins=bins, histtype="stepfilled", alpha=0.5, color=colour, label=name)
-        axes.set_xlabel("completion length, tokens")
+            axes.hist(found, bins=bins, histtype="stepfilled", alpha=0.55, color=colour, label=name)
+        axes.set_title("completion lengths")
+        axes.set_xlim(0, top * 1.02)
+        axes.set_xlabel("tokens")
         axes.set_ylabel("completions")
-        axes.legend(frameon=False, fontsize=8)
+        axes.grid(False, axis="x")
+        if len(lengths) > 1:
+            _legend_above(axes, *axes.get_legend_handles_labels())
         return figure
 
-    return _png(draw)
+    return _rendered(draw, form, "completion lengths")
