@@ -13,6 +13,7 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
+from smallmath_jax.records import Problem
 from smallmath_jax.tasks import grade
 from smallmath_jax.verify import grader as grading
 from smallmath_jax.verify.grader import Graded, Grader, ungradable
@@ -68,6 +69,42 @@ def test_bare_answers(grader):
     assert grader.grade_answer("5", r"\boxed{5}").verdict == "correct"
     assert grader.grade_answer("5", "  ").verdict == "no_answer"
     assert grader.grade_answer("5", "$x = 5$").extracted == "$x = 5$"
+
+
+PROSE = "We see that the two sides are never the same number"
+
+
+@pytest.mark.parametrize(
+    "golds, answer, verdict",
+    [
+        (("3", "-3"), "-3", "correct"),
+        (("3", "-3"), "4", "wrong"),
+        (("3", INTEGRAL[0]), INTEGRAL[1], "correct"),
+        (("3", PROSE), "3", "correct"),
+        (("3", PROSE), "4", "unparsable_gold"),  # it may say what the prose says
+        (("", ""), "4", "unparsable_gold"),
+        (("3", ""), None, "no_answer"),
+    ],
+)
+def test_any_of_several_golds_is_right(grader, golds, answer, verdict):
+    before = grader.counters()["graded"]
+    text = "nothing" if answer is None else f"<answer>{answer}</answer>"
+    assert grader.grade(golds, text).verdict == verdict
+    assert grader.grade_many([(golds, text)])[0].verdict == verdict
+    assert grader.counters()["graded"] - before == 2  # an answer counts once
+    if answer is not None:
+        assert grader.grade_answer(golds, answer).verdict == verdict
+
+
+def test_a_timeout_against_one_gold_outweighs_wrong_against_another():
+    with Grader(cpu_s=0.001, wall_s=60) as short:
+        assert short.grade_answer(("5", INTEGRAL[0]), INTEGRAL[1]).verdict == "timeout"
+        assert short.grade_answer((INTEGRAL[0], INTEGRAL[1]), INTEGRAL[1]).verdict == "correct"
+
+
+def test_accepted_answers_of_a_problem():
+    assert Problem("a", "x^2 = 9", "3", meta={"accepted": ["3", "-3"]}).accepted == ("3", "-3")
+    assert Problem("a", "1 + 1", "2").accepted == ("2",)
 
 
 def test_many_keep_their_order_and_are_counted(grader):

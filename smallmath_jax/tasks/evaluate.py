@@ -171,13 +171,13 @@ def _grade(
     rows = []
     for sample, rollout in enumerate(rollouts):
         text = decode(policy.tokens, rollout.token_ids)
-        strict = grader.grade(problem.answer, text, mode="strict", prefix=prompt.prefix)
+        strict = grader.grade(problem.accepted, text, mode="strict", prefix=prompt.prefix)
         extra = {
             "decoding": "greedy" if greedy else "sampled",
             "set": problem.meta.get("set", problem.source),
         }
         if config.eval.lenient:
-            lenient = grader.grade(problem.answer, text, mode="lenient", prefix=prompt.prefix)
+            lenient = grader.grade(problem.accepted, text, mode="lenient", prefix=prompt.prefix)
             extra["lenient_verdict"] = lenient.verdict
         rows.append(
             completion_row(problem, prompt, rollout, sample, text, strict, step, extra=extra)
@@ -197,6 +197,7 @@ def completion_row(
     extra: dict[str, Any] | None = None,
 ) -> Completion:
     """A line of completions/*.jsonl: all that is needed to see, re-grade or re-weigh the sample."""
+    several = {"accepted": problem.accepted} if len(problem.accepted) > 1 else {}
     return Completion(
         problem_id=problem.id,
         sample=sample,
@@ -215,7 +216,7 @@ def completion_row(
         subject=problem.subject,
         template=problem.template,
         images=tuple(_image_link(image) for image in problem.images),
-        extra=extra or {},
+        extra=(extra or {}) | several,
     )
 
 

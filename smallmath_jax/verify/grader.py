@@ -30,6 +30,10 @@ GRACE_S = 5.0  # beyond the wall time, before the process itself counts as lost
 MEMORY_MB = 2_048
 VERDICTS = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout")
 
+Gold = str | Sequence[str]  # a gold answer, or several of which any is right
+
+# What is said of an answer by several golds: not to know one comparison outweighs that another failed (law 7).
+_KINDEST = ("correct", "timeout", "unparsable_gold", "wrong")
 _SCRIPT = Path(__file__).with_name("second_opinion.py")
 _KEPT = (
     "PATH",
@@ -53,6 +57,7 @@ class Graded:
 class Grader:
     """Grades from any thread. Use as a context manager, or call `close`.
 
+    A gold answer is a text, or several texts of which any is right (`Problem.accepted`).
     `workers` second opinions run at once. Counters: graded, one per verdict, fallback (second opinions asked),
     restarts (processes lost) and missing (opinions not to be had, math-verify not being installed).
     """
@@ -84,15 +89,16 @@ class Grader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def grade(self, gold: str, text: str, mode: str = "strict", prefix: str = "") -> Graded:
+    def grade(self, gold: Gold, text: str, mode: str = "strict", prefix: str = "") -> Graded:
         """The verdict on a completion; `prefix` is what was put after the generation prompt."""
         found = find_answer(text, mode, prefix)
         if found.answer is None:
-            verdict = "no_answer" if read(gold).canonical else "unparsable_gold"
+            readable = any(read(one).canonical for one in _each(gold))
+            verdict = "no_answer" if readable else "unparsable_gold"
             return self._count(Graded(verdict, None, found.rule))
         return self._judge(gold, found.answer, found.rule)
 
-    def grade_answer(self, gold: str, answer: str) -> Graded:
+    def grade_answer(self, gold: Gold, answer: str) -> Graded:
         r"""The verdict on a bare answer; a \boxed or <answer> in it is opened first."""
         found = find_answer(answer)
         if found.answer is not None:
@@ -102,7 +108,7 @@ class Grader:
         return self._judge(gold, answer.strip(), "bare")
 
     def grade_many(
-        self, pairs: Sequence[tuple[str, str]], mode: str = "strict", prefix: str = ""
+        self, pairs: Sequence[tuple[Gold, str]], mode: str = "strict", prefix: str = ""
     ) -> list[Graded]:
         """Verdicts on (gold, completion) pairs, in order."""
         if self.workers == 1:
@@ -128,10 +134,21 @@ class Grader:
             self._idle.get().result().kill()
         self._keeper.shutdown()
 
-    def _judge(self, gold: str, answer: str, rule: str) -> Graded:
+    def _judge(self, gold: Gold, answer: str, rule: str) -> Graded:
+        """The verdict by the gold answer that is kindest to it, in the order of _KINDEST."""
+        graded = []
+        for one in _each(gold):
+            graded.append(self._judge_one(one, answer, rule))
+            if graded[-1].verdict == "correct":
+                break
+        best = min(graded, key=lambda one: _KINDEST.index(one.verdict))
+        asked = any(one.fallback for one in graded)
+        return self._count(dataclasses.replace(best, fallback=asked))
+
+    def _judge_one(self, gold: str, answer: str, rule: str) -> Graded:
         verdict = compare(gold, answer, self.policy)
         if verdict != "undecided":
-            return self._count(Graded(verdict, answer, rule))
+            return Graded(verdict, answer, rule)
         told, said = (read(text).text.strip(" $.") for text in (gold, answer))
         opinion = self._opinion(told, said)
         verdict = {"equal": "correct", "unparsable": "unparsable_gold", "timeout": "timeout"}.get(
@@ -139,7 +156,7 @@ class Grader:
         )
         if verdict == "unparsable_gold" and read(gold).nodes:
             verdict = "wrong"  # we can read it; only the answer is strange
-        return self._count(Graded(verdict, answer, rule, fallback=True))
+        return Graded(verdict, answer, rule, fallback=True)
 
     def _count(self, graded: Graded) -> Graded:
         with self._lock:
@@ -236,6 +253,10 @@ class _Opinions:
         self._process.wait()
         self._process.stdin.close()
         self._process.stdout.close()
+
+
+def _each(gold: Gold) -> Sequence[str]:
+    return (gold,) if isinstance(gold, str) else gold
 
 
 def ungradable(golds: Iterable[str]) -> list[int]:
