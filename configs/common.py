@@ -59,6 +59,18 @@ def base(task: str, mode: str) -> ConfigDict:
             "cache_length": 128 if tiny else 3072,
             "prefill_chunk": 32 if tiny else 512,
             "decode_steps": 8 if tiny else 32,  # tokens between two looks at the queue
+            "pages": 0
+            if tiny
+            else 64,  # cached prefixes, prefill_chunk tokens each; 0: half of what the slots hold
+            # Chips of a host that share one copy of the weights, fewer where it has fewer; the slots are cut over the
+            # copies, and these chips share the keys and values of a slot.
+            "tensor_parallel": {"3b": 2, "7b": 4, "math7b": 4, "phi3": 4}.get(mode, 1),
+        }
+    )
+    config.data = ConfigDict(
+        {
+            # Training problems that share text or pictures with these are left out: name what you will evaluate on.
+            "decontaminate": () if tiny else ("math500",),
         }
     )
     config.lora = ConfigDict({"rank": 0, "alpha": 32.0, "targets": "text/layers/.*"})

@@ -165,7 +165,14 @@ def test_batch_metrics():
     weighted = (values * lengths).sum() / lengths.sum()
     assert found["adv/token_weighted_mean"] == pytest.approx(weighted) and weighted < 0
     assert found["verifier/timeout_frac"] == pytest.approx(1 / 6)
+    assert found["groups/gated"] == 0
     json.dumps(found, allow_nan=False)
+    # Three groups, of which the last has no valid completion and the first was gated.
+    valid = np.array([1, 1, 1, 0, 0, 0], bool)
+    gated = np.array([1, 1, 0, 0, 1, 1], bool)
+    some = adv.batch_metrics(rewards, values, groups, lengths, stops, verdicts, valid, gated)
+    assert some["groups/gated"] == 0.5 and some["groups/mixed"] == 0.5
+    assert some["completions/masked_ratio"] == 0.5 and some["reward"] == pytest.approx(2 / 3)
     empty = adv.batch_metrics([], [], [], [], [], [])
     json.dumps(empty, allow_nan=False)
 

@@ -11,13 +11,11 @@ from smallmath_jax.data import converters
 from smallmath_jax.data.converters import (
     BENCHMARKS,
     CONVERTERS,
-    decontaminate,
     final_answer,
     last_boxed,
     split_thinking,
 )
 from smallmath_jax.data.problems import Rows, load_problems
-from smallmath_jax.records import Problem
 
 
 def png():
@@ -371,18 +369,3 @@ def test_no_hub_is_told(monkeypatch):
         ValueError, match="hf:HuggingFaceH4/MATH-500::test: no route.*check the name, the network"
     ):
         load_problems("math500")
-
-
-def test_decontamination_by_runs_of_words():
-    held_out = [
-        Problem("h", "Find the number of ways to tile a 2 by 10 board with dominoes.", "89"),
-        Problem("s", "1+1?", "2"),
-    ]
-    problems = [
-        Problem("a", "Alice asks: find the NUMBER of ways to tile a $2$ by 10 board!", "89"),
-        Problem("b", "Find the number of ways to walk home.", "3"),
-        Problem("c", "1 + 1 ?", "2"),
-        Problem("d", "1+2?", "3"),
-    ]
-    kept, dropped = decontaminate(problems, held_out)
-    assert [problem.id for problem in kept] == ["b", "d"] and dropped == 2

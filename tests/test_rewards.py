@@ -163,6 +163,16 @@ def test_gating_takes_length_out_of_groups_of_one_correctness():
     assert [parts.total for parts in rewards.gate_lengths(wrong, SAFE)] == [-1, -1, -3]
 
 
+def test_which_groups_are_gated():
+    right, other = (GOOD, 0, "correct"), (GOOD, 512, "correct")
+    wrong, broken, timeout = (GOOD, 9, "wrong"), (BAD, 9, "wrong"), (GOOD, 9, "timeout")
+    gated = lambda settings, *samples: rewards.is_gated(parts_of(settings, *samples), settings)
+    assert gated(SAFE, right, other) and gated(SAFE, wrong, wrong)
+    assert gated(SAFE, right, broken, timeout)  # what is broken or masked has no say
+    assert not gated(SAFE, right, wrong) and not gated(SAFE, broken, timeout) and not gated(SAFE)
+    assert not gated(PAPER, right, other) and not gated(LITERAL, right, other)
+
+
 def test_gating_passes_over_masked_samples_and_other_presets():
     group = parts_of(SAFE, (GOOD, 0, "correct"), (GOOD, 512, "correct"), (GOOD, 64, "timeout"))
     gated = rewards.gate_lengths(group, SAFE)

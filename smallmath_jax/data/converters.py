@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from smallmath_jax.data.problems import Rows, hub_rows, select
@@ -374,23 +374,3 @@ BENCHMARKS = {
         functools.partial(_plain, images="decoded_image"),
     ),
 }
-
-
-def decontaminate(
-    problems: Iterable[Problem], held_out: Iterable[Problem], words: int = 10
-) -> tuple[list[Problem], int]:
-    """(problems that share no run of `words` words with a held-out one, number dropped).
-
-    Words are lower-case runs of letters and digits. A problem shorter than that must differ from every held-out one as
-    a whole. Competition sets hold benchmark problems: AIME 2024 is in NuminaMath.
-    """
-    taken = {gram for problem in held_out for gram in _grams(problem.problem, words)}
-    problems = list(problems)
-    kept = [problem for problem in problems if not taken & _grams(problem.problem, words)]
-    return kept, len(problems) - len(kept)
-
-
-def _grams(text: str, words: int) -> set[tuple[str, ...]]:
-    found = re.findall(r"[a-z0-9]+", text.lower())
-    count = max(1, len(found) - words + 1)
-    return {tuple(found[start : start + words]) for start in range(count)}

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from smallmath_jax.data.batches import Sequence, epoch_order, make_sequence
-from smallmath_jax.data.problems import load_problems
 from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Completion, Problem, Prompt, draw_key
@@ -30,6 +29,7 @@ from smallmath_jax.tasks.policy import (
     with_pixels,
 )
 from smallmath_jax.tasks.rollouts import Clock, Request, engine_weights, make_engine, run_requests
+from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train import advantages as adv
 from smallmath_jax.train.loop import StopSignal
 from smallmath_jax.verify import rewards
@@ -40,7 +40,9 @@ def run(config: Any, workdir: str) -> None:
     """The whole recipe; each stage is skipped when its result is there, continued when it is half done."""
     with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
         mesh = make_mesh(config)
-        problems = load_grpo_problems(config)  # bad input is found before any device time is spent
+        problems = load_grpo_problems(
+            config, this_run.workdir
+        )  # bad input is found before any device time is spent
         tests = evaluate.load_evaluation_problems(config)
         reward = rewards.from_config(config.reward)
         runs.say(rewards.value_table(reward))
@@ -60,18 +62,26 @@ def run(config: Any, workdir: str) -> None:
         runs.say(f"done in {this_run.wall_s():.0f} s; report: {workdir}/report/index.html")
 
 
-def load_grpo_problems(config: Any) -> list[Problem]:
-    problems = [
-        problem
-        for source in config.grpo.data
-        for problem in load_problems(source, limit=config.grpo.problems or None, seed=config.seed)
-    ]
+def load_grpo_problems(config: Any, folder: Any) -> list[Problem]:
+    """The problems of `config.grpo`. Raises ValueError when they or the sampling settings cannot be trained on."""
+    _check_sampling(config.grpo.sampling)
+    problems = training_problems(config.grpo.data, config.grpo.problems, config, folder)
     if len(problems) < config.grpo.prompts:
         raise ValueError(
             f"grpo.data: {len(problems)} problems in {list(config.grpo.data)}, fewer than one step's "
             f"{config.grpo.prompts} (grpo.prompts)"
         )
     return problems
+
+
+def _check_sampling(sampling: Any) -> None:
+    """Refuses settings under which sampler and trainer would score tokens by two distributions (law 2)."""
+    if sampling.top_p < 1 or sampling.top_k or not sampling.temperature:
+        raise ValueError(
+            f"grpo.sampling: top_p {sampling.top_p}, top_k {sampling.top_k}, temperature {sampling.temperature}; the "
+            "trainer scores tokens among all that can be sampled, so leave top_p at 1 and top_k at 0, and sample at a "
+            "temperature above 0 (eval.sampling is free)"
+        )
 
 
 def improve(
@@ -194,7 +204,7 @@ def grade_group(
     """Verdicts and rewards of one prompt's rollouts; `place` is the prompt's in the step's batch."""
     texts = [decode(policy.tokens, rollout.token_ids) for rollout in group]
     graded = grader.grade_many(
-        [(problem.answer, text) for text in texts], mode="strict", prefix=prompt.prefix
+        [(problem.accepted, text) for text in texts], mode="strict", prefix=prompt.prefix
     )
     parts = []
     for text, rollout, verdict in zip(texts, group, graded, strict=True):
@@ -215,6 +225,7 @@ def grade_group(
                 text=text,
             )
         )
+    gated = rewards.is_gated(parts, reward)
     return [
         evaluate.completion_row(
             problem,
@@ -225,7 +236,7 @@ def grade_group(
             verdict,
             step + 1,
             rewards=part.as_dict(),
-            extra={"place": place, "masked": part.masked},
+            extra={"place": place, "masked": part.masked, "gated": gated},
         )
         for sample, (text, rollout, verdict, part) in enumerate(
             zip(texts, group, graded, rewards.gate_lengths(parts, reward), strict=True)
@@ -251,6 +262,7 @@ class GroupBatch:
     advantages: np.ndarray  # float64 [N]
     lengths: np.ndarray  # int32 [N] completion tokens
     valid: np.ndarray  # bool [N]: neither masked for truncation nor ungradable
+    gated: np.ndarray  # bool [N]: the reward preset replaced the length terms of its group
 
 
 def group_batch(prompts: list[Prompt], rows: list[dict[str, Any]], config: Any) -> GroupBatch:
@@ -276,7 +288,8 @@ def group_batch(prompts: list[Prompt], rows: list[dict[str, Any]], config: Any) 
         for row, group, value in zip(rows, group_ids, values, strict=True)
     ]
     lengths = np.asarray([len(row["token_ids"]) for row in rows], np.int32)
-    return GroupBatch(rows, sequences, group_ids, values, lengths, valid)
+    gated = np.asarray([row["extra"]["gated"] for row in rows], bool)
+    return GroupBatch(rows, sequences, group_ids, values, lengths, valid, gated)
 
 
 def update(

@@ -26,9 +26,9 @@ def step_metrics(
         [row["stop_reason"] for row in rows],
         [row["verdict"] for row in rows],
         batch.valid,
-        gated=(batch.advantages == 0) & batch.valid,
+        gated=batch.gated,
     )
-    for name in sorted(set(rows[0]["rewards"]) - {"total"}):
+    for name in sorted(set(rows[0]["rewards"]) - {"total", "masked"}):
         values = np.asarray([row["rewards"][name] for row in rows], np.float64)
         record[f"rewards/{name}/mean"] = float(values.mean())
         record[f"rewards/{name}/std"] = float(values.std(ddof=1)) if len(values) > 1 else 0.0

@@ -90,7 +90,19 @@ def first_difference(before: Any, now: Any, name: str = "") -> str:
     return "" if before == now else f"{name} (was {before!r}, now {now!r})"
 
 
+def note_data(folder: epath.Path, sources: str, counts: dict[str, Any]) -> None:
+    """Keeps what became of training sources in the config.json of a run, given its folder or that of its SFT stage."""
+    if hosts.host_index() == 0:
+        places = (folder / "config.json", folder.parent / "config.json")
+        path = next(place for place in places if place.exists())
+        record = json.loads(path.read_text())
+        record["training_data"] = {**record.get("training_data", {}), sources: counts}
+        write_text(path, json.dumps(record, indent=1))
+
+
 def _write_config(root: epath.Path, resolved: dict[str, Any], wall_s: float) -> None:
+    path = root / "config.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
     record = {
         "config": resolved,
         "versions": {
@@ -102,8 +114,9 @@ def _write_config(root: epath.Path, resolved: dict[str, Any], wall_s: float) -> 
         "hosts": hosts.host_names(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "wall_s": round(wall_s, 1),
+        "training_data": earlier.get("training_data", {}),
     }
-    write_text(root / "config.json", json.dumps(record, indent=1))
+    write_text(path, json.dumps(record, indent=1))
 
 
 def _version(name: str) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 from etils import epath
 
 from smallmath_jax.data.batches import RowPlan, Sequence, make_sequence, plan_rows, sft_rows
-from smallmath_jax.data.problems import load_problems
 from smallmath_jax.data.prompts import GRAMMARS, format_completion
 from smallmath_jax.data.tiny import worked_solution
 from smallmath_jax.data.tokens import completion_ids
@@ -26,6 +25,7 @@ from smallmath_jax.tasks.policy import (
     with_pixels,
 )
 from smallmath_jax.tasks.rollouts import make_engine
+from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import StopSignal
 
 
@@ -63,7 +63,7 @@ def fine_tune(
         return dataclasses.replace(
             policy, model=restore_model(folder / "checkpoints", policy.model, mesh)
         )
-    lessons, left_out = load_lessons(policy, config)
+    lessons, left_out = load_lessons(policy, config, folder)
     total = settings.steps or settings.epochs * lessons[-1].plan.steps_per_epoch
     _announce(lessons[-1], left_out, total)
     trainer = training.make_trainer(
@@ -109,18 +109,16 @@ class Lessons:
         return sft_rows(get, self.plan, seed, step)
 
 
-def load_lessons(policy: Policy, config: Any) -> tuple[list[Lessons], dict[str, int]]:
+def load_lessons(
+    policy: Policy, config: Any, folder: epath.Path
+) -> tuple[list[Lessons], dict[str, int]]:
     """The lessons of `config.sft`, and what was left out by reason.
 
     One phase, or two where `worked_steps` > 0: embedded problems are then first taught with worked solutions only, and
     from that step on a share `terse_share` of them with terse ones.
     """
     settings = config.sft
-    problems = [
-        problem
-        for source in settings.data
-        for problem in load_problems(source, limit=settings.problems or None, seed=config.seed)
-    ]
+    problems = training_problems(settings.data, settings.problems, config, folder)
     kept, prompts, left_out = prompts_for(problems, policy, config, prefix="")
     shares = [0.0, settings.terse_share] if settings.worked_steps else [settings.terse_share]
     lessons = []

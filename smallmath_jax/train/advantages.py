@@ -160,7 +160,8 @@ def batch_metrics(
 ) -> dict[str, float]:
     """The generation batch in numbers, named as in TRL where TRL has the metric.
 
-    `values` are the advantages. Reward metrics are over valid completions; lengths and verdicts over all.
+    `values` are the advantages. Reward metrics are over valid completions; lengths and verdicts over all; groups are
+    those with a valid completion. gated: bool [N], the length terms of the completion's group were replaced.
     `adv/token_weighted_mean` is 0 only where length and advantage are uncorrelated: its sign is the length bias.
     """
     lengths_all = np.asarray(lengths, float)

@@ -189,14 +189,12 @@ def _combine(formatted: float, length: float, correct: float) -> float:
 def gate_lengths(group: Sequence[RewardParts], settings: RewardSettings) -> list[RewardParts]:
     """The rewards of one prompt's group, gated. Only `safe` changes anything.
 
-    Where all well-formed, unmasked samples are right, or all are wrong, each one's length term becomes their mean:
-    format still teaches there and length does not. Broken and masked samples stay as they are.
+    Where `is_gated`, each well-formed, unmasked sample's length term becomes their mean: format still teaches there
+    and length does not. Broken and masked samples stay as they are.
     """
-    if settings.preset != "safe":
+    if not is_gated(group, settings):
         return list(group)
-    told = [parts for parts in group if parts.format > 0 and not parts.masked]
-    if not told or len({parts.correct > 0 for parts in told}) > 1:
-        return list(group)
+    told = _told(group)
     mean = sum(parts.length for parts in told) / len(told)
     return [
         dataclasses.replace(parts, length=mean, total=_combine(parts.format, mean, parts.correct))
@@ -204,6 +202,16 @@ def gate_lengths(group: Sequence[RewardParts], settings: RewardSettings) -> list
         else parts
         for parts in group
     ]
+
+
+def is_gated(group: Sequence[RewardParts], settings: RewardSettings) -> bool:
+    """Whether `safe` replaces a group's length terms: its well-formed, unmasked samples are all right or all wrong."""
+    told = _told(group)
+    return settings.preset == "safe" and len({parts.correct > 0 for parts in told}) == 1
+
+
+def _told(group: Sequence[RewardParts]) -> list[RewardParts]:
+    return [parts for parts in group if parts.format > 0 and not parts.masked]
 
 
 def value_table(settings: RewardSettings) -> str:
