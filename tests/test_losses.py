@@ -179,7 +179,9 @@ def test_grpo_equals_torch_with_every_option(rng):
 
 
 def test_first_step_has_ratio_one_and_the_reinforce_gradient(rng):
-    batch = {name: grpo_batch(rng)[name] for name in ("weights", "advantages")}
+    # What the sampler recorded is there, and is not pi_old.
+    fields = ("weights", "advantages", "sampler_log_probs")
+    batch = {name: grpo_batch(rng)[name] for name in fields}
     log_probs = rng.normal(-1, 0.4, (B, T)).astype(np.float32)
     run = lambda x: losses.grpo(scores_of(x), batch)
     (loss, metrics), gradient = quick(jax.value_and_grad(run, has_aux=True))(log_probs)
