@@ -24,7 +24,7 @@ from smallmath_jax.models.config import ModelConfig
 from smallmath_jax.models.qwen_vl import QwenVL
 from smallmath_jax.records import Prompt, Sampling
 from smallmath_jax.rollout import programs
-from smallmath_jax.rollout.pool import Pool, Programs, devices_of
+from smallmath_jax.rollout.pool import Pool, Programs, mesh_of
 from smallmath_jax.rollout.programs import MAX_STOP_LENGTH, MAX_STOPS
 
 _ROWS = 8  # slots are padded to a multiple: matrix kernels treat rows left over differently, and a bit may differ
@@ -71,8 +71,8 @@ class Engine:
         pad_id: fills unused places of a prefill row; never read.
         image_settings, max_patches: how images are cut, and the patches a root may have.
         version: of `params`; stored with every rollout.
-        pages: pages of the pool (default: half of what the slots hold); fewer are evicted and made again more often.
-        prefill_rows: pages computed in one call (default: about 512 tokens).
+        pages: pages of the pool (0: half of what the slots hold); fewer are evicted and made again more often.
+        prefill_rows: pages computed in one call (0: about 512 tokens).
     """
 
     def __init__(
@@ -91,25 +91,27 @@ class Engine:
         max_patches: int,
         compute_dtype: Any = jnp.float32,
         version: int = 0,
-        pages: int | None = None,
-        prefill_rows: int | None = None,
+        pages: int = 0,
+        prefill_rows: int = 0,
     ):
         if min(slots, cache_length, prefill_chunk, decode_steps) < 1:
             raise ValueError(
                 "slots, cache_length, prefill_chunk and decode_steps must be at least 1"
             )
         row_pages = -(-cache_length // prefill_chunk)
+        mesh = mesh_of(params)
+        rows = _ROWS * (mesh.shape["data"] if mesh is not None else 1)
         self.slots, self.cache_length = slots, cache_length
         self._shape = programs.Shape(
             config=config,
-            slots=-(-slots // _ROWS) * _ROWS,
+            slots=-(-slots // rows) * rows,
             cache_length=row_pages * prefill_chunk,
             chunk=prefill_chunk,
-            pages=max(row_pages, slots * row_pages // 2 if pages is None else pages),
+            pages=max(row_pages, pages or slots * row_pages // 2),
             prefill_rows=prefill_rows or max(1, 512 // prefill_chunk),
             decode_steps=decode_steps,
             dtype=jnp.dtype(compute_dtype).name,
-            place=devices_of(params),
+            mesh=mesh,
         )
         self._banned = _banned_rows(banned_ids, config.text.vocab_size)
         self._eos = np.asarray(sorted(eos_ids), np.int32)

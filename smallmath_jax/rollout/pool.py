@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import monitoring
+from jax.sharding import PartitionSpec
 
 from smallmath_jax.data.images import ImageSettings, token_index, vision_row
 from smallmath_jax.models.qwen_vl import QwenVL
@@ -68,8 +69,9 @@ class Pool:
         self._arrays: Cache | None = None
         self.has_values = False  # the model has a value head
         width = shape.config.text.hidden_size
+        everywhere = shape.mesh and jax.sharding.NamedSharding(shape.mesh, PartitionSpec())
         self._nothing_seen = jax.device_put(  # stays on the device: most calls have no image
-            np.zeros((shape.prefill_rows, shape.chunk, width), shape.dtype), shape.place
+            np.zeros((shape.prefill_rows, shape.chunk, width), shape.dtype), everywhere
         )
 
     def reset(self, weights: programs.Packed | None, arrays: Cache | None) -> None:
@@ -208,9 +210,7 @@ class Pool:
         return self._seen[root.id]
 
 
-def devices_of(params: QwenVL) -> jax.sharding.Sharding | None:
-    """Where caches go beside these weights: copied over their mesh, or the default device (None) without one."""
+def mesh_of(params: QwenVL) -> jax.sharding.Mesh | None:
+    """The mesh these weights lie on; None: a single device."""
     sharding = jax.tree.leaves(params)[0].sharding
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-        return None
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from smallmath_jax.models import value_head
 from smallmath_jax.models.config import ModelConfig
@@ -24,12 +25,16 @@ from smallmath_jax.models.qwen_vl import (
     init_cache,
 )
 from smallmath_jax.models.text import Cache, Layer, split_layers
-from smallmath_jax.models.tree import map_named
+from smallmath_jax.models.tree import leaf_name, map_named
+from smallmath_jax.parallel import rules
 from smallmath_jax.rollout.sampling import match_stops, sample
 
 RUNNING, EOS, STOP, LENGTH = range(4)
 REASONS = ("running", "eos", "stop", "length")
 MAX_STOPS, MAX_STOP_LENGTH = 8, 16  # stop sequences of a request, tokens of one
+# Of [slots, kv heads, ...], [pages, kv heads, ...] and [slots, vocabulary]: each chip decodes its own slots; a page,
+# which any slot may need, lies on all of them.
+SLOTS, PAGES, LOGITS = ("data", "model"), (None, "model"), ("data", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Shape:
     prefill_rows: int
     decode_steps: int
     dtype: str
-    place: jax.sharding.Sharding | None = None  # of caches; None: the default device
+    mesh: Mesh | None = None  # of the weights; None: the default device
 
     @property
     def row_pages(self) -> int:
@@ -113,7 +118,7 @@ def make_caches(shape: Shape) -> tuple[Cache, Cache]:
     """(slots, pool of pages), both zero."""
     slots = init_cache(shape.config, shape.slots, shape.cache_length, shape.dtype)
     pool = init_cache(shape.config, shape.pages, shape.chunk, shape.dtype)
-    return _placed(shape, slots), _placed(shape, pool)
+    return _placed(shape, slots, SLOTS), _placed(shape, pool, PAGES)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -126,8 +131,28 @@ def prepare(shape: Shape, params: QwenVL, banned: jax.Array, eos: jax.Array) -> 
     model = map_named(cast, merge_lora(params))
     layers = split_layers(model.text.layers)
     model.text.layers = None
-    leaves, structure = jax.tree.flatten(Weights(model, layers, banned, eos))
+    weights = Weights(model, layers, banned, eos)
+    if shape.mesh is not None:
+        weights = lax.with_sharding_constraint(weights, weight_shardings(shape.mesh, weights))
+    leaves, structure = jax.tree.flatten(weights)
     return Packed(tuple(leaves), structure)
+
+
+def weight_shardings(mesh: Mesh, weights: Weights) -> Weights:
+    """Where prepared weights (arrays or ShapeDtypeStruct) lie on a mesh: as `parallel.rules` cuts the stacked ones."""
+    units = rules.head_units(weights.model.config)
+
+    def layer(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = f"text/layers/{leaf_name(path)}"
+        spec = rules.spec_for(name, (1, *leaf.shape), mesh.shape, units=units)
+        return NamedSharding(mesh, PartitionSpec(*spec[1:]))
+
+    return Weights(
+        rules.shardings(weights.model, mesh),
+        tuple(jax.tree_util.tree_map_with_path(layer, one) for one in weights.layers),
+        rules.replicated(mesh),
+        rules.replicated(mesh),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -182,7 +207,7 @@ def prefill(shape: Shape, packed: Packed, pool: Cache, chunks: Chunks) -> tuple[
         )
         for name in axes
     }
-    return _placed(shape, pool), _values(weights.model, hidden, chunks.last)
+    return _placed(shape, pool, PAGES), _values(weights.model, hidden, chunks.last)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -206,7 +231,7 @@ def fill_slots(
         .reshape(old.shape)
         for old, pages in zip(slots["v"], pool["v"], strict=True)
     )
-    return _placed(shape, {"k": keys, "v": values})
+    return _placed(shape, {"k": keys, "v": values}, SLOTS)
 
 
 class Decoded(NamedTuple):
@@ -240,12 +265,13 @@ def decode(
         hidden, cache = _forward(
             shape,
             weights,
-            weights.model.text.embed[...][rows.last][:, None],
+            _placed(shape, weights.model.text.embed[...][rows.last][:, None], ("data",)),
             jnp.broadcast_to(rows.position[:, None, None], (shape.slots, 3, 1)),
             state.cache,
             jnp.where(rows.active, rows.length, shape.cache_length),  # idle rows write nothing
         )
         logits = jnp.einsum("bd,vd->bv", hidden[:, 0], head, preferred_element_type=jnp.float32)
+        logits = _placed(shape, logits, LOGITS)
         tokens, log_probs = sample(
             logits, rows.keys, rows.count, rows.temperature, rows.top_k, rows.top_p, weights.banned
         )
@@ -271,7 +297,7 @@ def decode(
         jnp.int32(0),
     )
     state = lax.while_loop(go_on, step, State(slots, Rows(*map(jnp.asarray, rows)), nothing))
-    return _placed(shape, state.cache), state.out
+    return _placed(shape, state.cache, SLOTS), state.out
 
 
 def _advance(rows: Rows, tokens: jax.Array, eos: jax.Array) -> tuple[Rows, jax.Array]:
@@ -322,5 +348,23 @@ def _head_shape(shape: Shape) -> tuple[int, int]:
     return shape.config.text.kv_heads, shape.config.text.head_dim
 
 
-def _placed(shape: Shape, cache: Cache) -> Cache:
-    return cache if shape.place is None else lax.with_sharding_constraint(cache, shape.place)
+def sharding(
+    shape: Shape, size: tuple[int, ...], axes: tuple[str | None, ...]
+) -> NamedSharding | None:
+    """Of an array of that size cut by its first dimensions; an axis that does not divide its dimension is left out."""
+    if shape.mesh is None:
+        return None
+    mesh = shape.mesh.shape
+    cut = (
+        axis if axis and whole % mesh[axis] == 0 else None
+        for axis, whole in zip(axes, size, strict=False)
+    )
+    return NamedSharding(shape.mesh, PartitionSpec(*cut))
+
+
+def _placed(shape: Shape, arrays: Any, axes: tuple[str | None, ...]) -> Any:
+    """`arrays`, each laid out as `sharding` says."""
+    if shape.mesh is None:
+        return arrays
+    place = lambda leaf: lax.with_sharding_constraint(leaf, sharding(shape, leaf.shape, axes))
+    return jax.tree.map(place, arrays)

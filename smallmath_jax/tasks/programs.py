@@ -6,6 +6,7 @@ with what else lies in a chip's memory while it runs, so that "fits" means the w
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,7 +23,6 @@ from smallmath_jax.parallel.mesh import make_mesh
 from smallmath_jax.parallel.published import PUBLISHED
 from smallmath_jax.parallel.topologies import Topology
 from smallmath_jax.rollout import programs as engine
-from smallmath_jax.rollout.pool import devices_of
 from smallmath_jax.tasks.policy import compute_dtype, trainable
 from smallmath_jax.tasks.training import make_compute, microbatches_for
 from smallmath_jax.train.optim import make_optimizer
@@ -43,7 +43,8 @@ def programs(config: Any, mesh: Mesh, machine: Topology) -> list[Program]:
             f"task {config.task!r} has no train step; compile configs/sft.py or configs/grpo.py"
         )
     model = model_config(config)
-    local = make_mesh(-1, 1, 1, topologies.devices(topologies.host_of(machine.name)))
+    host = topologies.devices(topologies.host_of(machine.name))
+    local = make_mesh(-1, 1, math.gcd(config.engine.tensor_parallel, len(host)), host)
     sampling = _engine_programs(config, model, local)
     listed = []
     if config.task == "sft" or config.cold_start:
@@ -122,18 +123,23 @@ def _engine_programs(config: Any, model: ModelConfig, mesh: Mesh) -> _Sampling:
         slots=settings.slots,
         cache_length=row_pages * settings.prefill_chunk,
         chunk=settings.prefill_chunk,
-        pages=max(row_pages, settings.slots * row_pages // 2),
+        pages=max(row_pages, settings.pages or settings.slots * row_pages // 2),
         prefill_rows=max(1, 512 // settings.prefill_chunk),
         decode_steps=settings.decode_steps,
         dtype=dtype.name,
-        place=devices_of(params),
+        mesh=mesh,
     )
     whole = lambda tree: jax.tree.map(lambda leaf: _shaped(leaf, rules.replicated(mesh)), tree)
-    placed = lambda tree: jax.tree.map(lambda leaf: _shaped(leaf, shape.place), tree)
+    placed = lambda tree, axes: jax.tree.map(
+        lambda leaf: _shaped(leaf, engine.sharding(shape, leaf.shape, axes)), tree
+    )
     banned = whole(np.zeros(model.text.vocab_size, bool))
     eos = whole(np.zeros(max(len(model.eos_ids), 1), np.int32))
-    ready = whole(jax.eval_shape(functools.partial(engine.prepare, shape), params, banned, eos))
-    slots, pages = placed(jax.eval_shape(functools.partial(engine.make_caches, shape)))
+    ready = jax.eval_shape(functools.partial(engine.prepare, shape), params, banned, eos)
+    ready = abstract(ready.unpack(), engine.weight_shardings(mesh, ready.unpack()))
+    ready = engine.Packed(*_flat(ready))
+    slots, pages = jax.eval_shape(functools.partial(engine.make_caches, shape))
+    slots, pages = placed(slots, engine.SLOTS), placed(pages, engine.PAGES)
     sizes = {"weights": ready, "slots": slots, "pages": pages}
     sizes = {name: gib_per_chip(tree) for name, tree in sizes.items()}
     keep = lambda *names: {f"engine {name}": sizes[name] for name in names}
@@ -164,6 +170,11 @@ def _engine_programs(config: Any, model: ModelConfig, mesh: Mesh) -> _Sampling:
             1, call(engine.see, ready, whole(_vision(config, model)), beside=("slots", "pages"))
         )
     return _Sampling(listed, sum(sizes.values()))
+
+
+def _flat(tree: Any) -> tuple[tuple[Any, ...], Any]:
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(leaves), structure
 
 
 def _shaped(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

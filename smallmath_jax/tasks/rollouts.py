@@ -1,10 +1,12 @@
 """Many prompts through one engine: the loop every task that samples shares."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from smallmath_jax.models.qwen_vl import QwenVL
@@ -39,12 +41,14 @@ def make_engine(policy: Policy, config: Any) -> Engine:
         image_settings=policy.images,
         max_patches=config.vision.max_patches,
         compute_dtype=compute_dtype(config),
+        pages=config.engine.pages,
     )
 
 
 def engine_weights(model: QwenVL, config: Any) -> QwenVL:
     """The engine's own copy of the weights, on this host's devices: the trainer donates its own at each step."""
-    return hosts.local_copy(model, compute_dtype(config))
+    chips = math.gcd(config.engine.tensor_parallel, jax.local_device_count())
+    return hosts.local_copy(model, compute_dtype(config), chips)
 
 
 def run_requests(
