@@ -107,10 +107,9 @@ def theorems_in(text: str) -> list[str]:
 def theorem_scores(trees: Sequence[Tree]) -> dict[str, Any]:
     """Values of steps that name a theorem against all others.
 
-    Returns {"naming": {n, mean}, "others": {n, mean}, "within": {n, mean}, "by_theorem": {name: {n, mean}}}. "within" is
-    the mean over trees of (mean of naming steps - mean of others), for trees that have both: hard problems name more
-    theorems, so only this difference compares like with like. Means of nothing are None. Unvisited steps without a
-    score have no value and are left out; so are answers.
+    Returns n and mean of "naming" steps, of "others", "by_theorem", and "within": the mean over trees of (mean of
+    naming steps - mean of others), for trees that have both. Hard problems name more theorems, so only "within"
+    compares like with like. Means of nothing are None. Answers, and unvisited steps without a score, are left out.
     """
     naming: list[float] = []
     others: list[float] = []
