@@ -71,17 +71,20 @@ def _field_names(config, prefix: str = "") -> set[str]:
     return names
 
 
+def settle_on_cpu() -> bool:
+    """Where no accelerator is in sight: tells jax so, or an installed libtpu looks for chips and complains at length."""
+    devices = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
+    if not any(glob.glob(f"/dev/{name}") for name in devices):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    return os.environ.get("JAX_PLATFORMS") == "cpu"
+
+
 def keep_freed_memory() -> None:
     """On machines without an accelerator: glibc keeps what XLA frees, instead of giving it back at every step.
 
     XLA's CPU buffers are mapped and faulted in anew each step, a third of a small model's training time. It must be
     said before jax starts its threads. On other C libraries nothing happens.
     """
-    accelerators = (
-        glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*") + glob.glob("/dev/nvidia[0-9]*")
-    )
-    if accelerators and os.environ.get("JAX_PLATFORMS") != "cpu":
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
@@ -105,7 +108,8 @@ def main(arguments: list[str]) -> None:
             "say what to run: --config=configs/TASK.py[:MODE], for example configs/grpo.py:tiny"
         )
     workdir = _WORKDIR.value or os.path.join("workdirs", f"{config.task}-{config.mode}")
-    keep_freed_memory()
+    if settle_on_cpu():
+        keep_freed_memory()
     task = importlib.import_module(f"smallmath_jax.tasks.{config.task}")
     try:
         task.run(config, workdir)
