@@ -1,0 +1,245 @@
+"""Processes seen from their parent: ordering a fork, deciding who may fork, waiting under limits, reading what was
+printed. Runs in process 1 of a jail, which may only trust what the kernel tells it."""
+
+import contextlib
+import fcntl
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from smallmath_jax.verify.sandbox import linux, programs, protocol
+
+_RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV, _SEND
+_CONTINUE = 1
+_REPORT_SECONDS = 5.0  # for a forker to say which process it made
+
+
+class Forker(NamedTuple):
+    """A process that forks when ordered to, and the files it shares with its parent."""
+
+    process: int
+    control: socket.socket
+    job: int
+    sink: int
+    out: int
+    err: int
+    go: int
+    cpu: float = 0.0  # seconds its prefix took
+    wall: float = 0.0
+
+
+class End(NamedTuple):
+    """How a process ended, or that it said what was waited for (`reason` "told")."""
+
+    reason: str  # exited | timeout_cpu | timeout_wall | told
+    status: int  # as from wait4
+    cpu: float  # seconds
+    wall: float
+
+
+def open_forker() -> tuple[Forker, tuple[int, ...]]:
+    """The parent's side, process unknown yet, and the forker's descriptors in the order of `programs`' numbers."""
+    files = [os.memfd_create(name) for name in ("job", "sink", "out", "err")]
+    mine, its = socket.socketpair()
+    read, write = os.pipe()
+    job, sink, out, err = (os.dup(number) for number in files)
+    forker = Forker(0, mine, files[0], files[1], files[2], files[3], write)
+    return forker, (job, its.detach(), sink, out, read, err)
+
+
+def place_descriptors(sources: Sequence[int], targets: Sequence[int]) -> None:
+    """Moves descriptors to fixed numbers, whatever numbers they have now."""
+    high = [fcntl.fcntl(source, fcntl.F_DUPFD, 64) for source in sources]
+    for number, target in zip(high, targets, strict=True):
+        os.dup2(number, target)
+
+
+def discard(forker: Forker) -> None:
+    """Ends a forker and frees what it held."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(forker.process, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(forker.process, 0)
+    forker.control.close()
+    for number in (forker.job, forker.sink, forker.out, forker.err, forker.go):
+        os.close(number)
+
+
+def write_job(forker: Forker, prefix: bytes, code: bytes) -> None:
+    os.ftruncate(forker.job, 0)
+    header = programs.LENGTHS.pack(len(prefix), len(code))
+    os.pwrite(forker.job, b"".join((header, prefix, code)), 0)
+
+
+def reset(forker: Forker) -> None:
+    """Empties what was printed to, and undoes what a program may have set on the shared file descriptions."""
+    for number in (forker.out, forker.err, forker.sink):
+        os.ftruncate(number, 0)
+        os.lseek(number, 0, os.SEEK_SET)
+        fcntl.fcntl(number, fcntl.F_SETFL, 0)
+
+
+def printed(number: int, cap: int, tail: int = 0) -> tuple[bytes, bool]:
+    """A memory file's first `cap` bytes (the last `tail` of them), and whether there were more."""
+    size = os.fstat(number).st_size
+    kept = min(size, cap)
+    start = max(0, kept - tail) if tail else 0
+    return os.pread(number, kept - start, start), size > cap
+
+
+def order(forker: Forker, kind: bytes, listener: int, own: Sequence[int] = ()) -> int:
+    """Has a forker fork. Returns the child's process id, 0 when the forker failed."""
+    try:
+        forker.control.send(kind)
+        if own:
+            socket.send_fds(forker.control, [b"f"], list(own))
+        return _reported(forker, listener)
+    except OSError:
+        return 0
+
+
+def _reported(forker: Forker, listener: int) -> int:
+    """Grants one fork to the forker and hears the child's id from it."""
+    poll = select.poll()
+    poll.register(forker.control.fileno(), select.POLLIN)
+    if listener >= 0:
+        poll.register(listener, select.POLLIN)
+    granted = False
+    until = time.monotonic() + _REPORT_SECONDS
+    while (left := until - time.monotonic()) > 0:
+        ready = [number for number, _ in poll.poll(left * 1000 + 1)]
+        if listener in ready:
+            granted |= answer(listener, 0 if granted else forker.process)
+        if forker.control.fileno() in ready:
+            data = forker.control.recv(4)
+            return struct.unpack("<i", data)[0] if len(data) == 4 else 0
+    return 0
+
+
+def answer(listener: int, allowed: int) -> bool:
+    """Answers the process that asks to fork: yes when it is `allowed` and asks for a plain fork. True for yes."""
+    asked = bytearray(80)
+    try:
+        fcntl.ioctl(listener, _RECEIVE, asked)
+    except OSError:
+        return False  # it died while asking
+    token, process, _, call = struct.unpack_from("<QIIi", asked)
+    flags, stack = struct.unpack_from("<QQ", asked, 32)
+    yes = process == allowed and (call, flags, stack) == (linux.number("clone"), linux.FORK, 0)
+    reply = struct.pack("<QqiI", token, 0, 0 if yes else -1, _CONTINUE if yes else 0)
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(listener, _SEND, reply)
+    return yes
+
+
+def is_child(process: int) -> bool:
+    """Whether it is a child of this process, by the kernel's word."""
+    try:
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (ChildProcessError, OverflowError, ValueError):
+        return False
+    return process > 0
+
+
+def set_limits(process: int, cpu_seconds: float) -> None:
+    """The kernel's own CPU limit, a second above the one that is watched; and no forks."""
+    seconds = int(cpu_seconds) + 2
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds))
+        resource.prlimit(process, resource.RLIMIT_NPROC, (0, 0))
+
+
+def set_snapshot_limits(process: int, settings: protocol.SandboxSettings) -> None:
+    """Limits of a prefix that is to stay: its forks add to its CPU time; what it keeps in memory is kept small."""
+    seconds = int(settings.cpu_seconds) + 10
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds))
+        _, hard = resource.prlimit(process, resource.RLIMIT_AS)
+        less = max(settings.memory_mb - settings.snapshot_memory_mb, 0) << 20
+        resource.prlimit(process, resource.RLIMIT_AS, (hard - less, hard))
+
+
+def free_memory_limit(process: int) -> None:
+    """A kept prefix's fork may use what any program may."""
+    with contextlib.suppress(ProcessLookupError):
+        _, hard = resource.prlimit(process, resource.RLIMIT_AS)
+        resource.prlimit(process, resource.RLIMIT_AS, (hard, hard))
+
+
+def wait(
+    process: int,
+    listener: int,
+    cpu_limit: float,
+    wall_limit: float,
+    told: socket.socket | None = None,
+) -> End:
+    """Waits for a child under limits (seconds) and kills it when it passes one, or until it writes to `told`."""
+    start = time.monotonic()
+    handle = os.pidfd_open(process)
+    poll = select.poll()
+    poll.register(handle, select.POLLIN)
+    if listener >= 0:
+        poll.register(listener, select.POLLIN)
+    if told is not None:
+        poll.register(told.fileno(), select.POLLIN)
+    used, reason = 0.0, "exited"
+    while True:
+        # One thread: it cannot use up the rest of its CPU time before so much time has passed.
+        wall = time.monotonic() - start
+        left = max(min(cpu_limit - used, wall_limit - wall), 0)
+        ready = [number for number, _ in poll.poll(left * 1000 + 1)]
+        if handle in ready:
+            break
+        if listener in ready:
+            answer(listener, 0)
+        if told is not None and told.fileno() in ready:
+            if told.recv(1, socket.MSG_PEEK):
+                reason = "told"
+                break
+            poll.unregister(told.fileno())  # it is ending
+            told = None
+        used, wall = cpu_time(process), time.monotonic() - start
+        if used >= cpu_limit or wall >= wall_limit:
+            reason = "timeout_cpu" if used >= cpu_limit else "timeout_wall"
+            break
+    os.close(handle)
+    if reason == "told":
+        return End(reason, 0, cpu_time(process), time.monotonic() - start)
+    if reason != "exited":
+        os.kill(process, signal.SIGKILL)
+    _, status, usage = os.wait4(process, 0)
+    wall = time.monotonic() - start
+    return End(reason, status, usage.ru_utime + usage.ru_stime, wall)
+
+
+def cpu_time(process: int) -> float:
+    """CPU seconds a process has used, by its own clock; 0 when it is gone."""
+    try:
+        return time.clock_gettime((~process << 3) | 2)
+    except OSError:
+        return 0.0
+
+
+def holds_files(process: int) -> bool:
+    """Whether a forker has descriptors open that it was not given: a prefix that left files open."""
+    given = {0, 1, 2, programs.JOB, programs.CONTROL, programs.SINK, programs.OUT, programs.GO}
+    handle = os.pidfd_open(process)
+    found = False
+    for number in range(programs.OPEN_FILES):
+        if number in given or found:
+            continue
+        try:
+            os.close(linux.call("pidfd_getfd", handle, number, 0))
+            found = True
+        except OSError as error:
+            found = (
+                error.errno != 9
+            )  # EBADF is what is hoped for; not being allowed to look counts as found
+    os.close(handle)
+    return found

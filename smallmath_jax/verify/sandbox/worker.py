@@ -1,0 +1,350 @@
+"""A worker: process 1 of its own jail, which hands jobs to the warm forker, watches the clock and reads the outcome.
+
+It never executes a program and trusts no process that has. Nothing a program writes is parsed: the verdict is its
+exit status, seen by `wait4`, and the two memory files it printed to.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from smallmath_jax.verify.sandbox import filters, jail, linux, programs, protocol, watch
+
+_READY = b"ready"
+
+
+class Outcome(NamedTuple):
+    status: str
+    out: bytes
+    err: bytes
+    cpu: float  # seconds
+    wall: float
+    start: float  # monotonic
+
+
+class Worker(NamedTuple):
+    """What a running worker holds. The dictionaries change, the rest does not."""
+
+    settings: protocol.SandboxSettings
+    forker: watch.Forker
+    listener: int  # -1: forks need no leave
+    snapshots: "OrderedDict[bytes, watch.Forker]"
+    failed: "OrderedDict[bytes, Outcome | None]"  # prefixes that fail, or (None) cannot be kept
+    scratch: str  # "" where programs may write nowhere
+
+
+def main() -> None:
+    """Entry point of a worker process: `channel` number and JSON of what it is to be on the command line."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    wanted = json.loads(sys.argv[2])
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    wanted["settings"]["modules"] = tuple(wanted["settings"]["modules"])
+    settings = protocol.SandboxSettings(**wanted["settings"])
+    try:
+        worker, hello = _start(settings, wanted["tier"], wanted["packages"])
+        _check(worker, wanted["tier"])
+    except (OSError, RuntimeError) as error:
+        channel.sendall(protocol.frame(b"F", f"{wanted['tier']}: {error}".encode()))
+        os._exit(1)
+    channel.sendall(protocol.frame(b"H", json.dumps(hello).encode()))
+    _serve(worker, channel)
+
+
+def _start(
+    settings: protocol.SandboxSettings, tier: str, packages: list[str]
+) -> tuple[Worker, dict[str, Any]]:
+    """Enters the jail and starts the forker. Raises OSError where the machine forbids the tier."""
+    folders = jail.library_folders(packages)
+    null = os.open("/dev/null", os.O_RDONLY)
+    done, scratch = [], ""
+    if tier == "T3":
+        done += jail.enter_namespaces()
+        _become_first()
+        places = jail.build_root(folders)
+        jail.move_imports(folders, places)
+        scratch = "/tmp"
+    else:
+        places = folders
+        os.chdir("/")
+    sys.path[:] = places
+    if tier != "T1":
+        done.append(jail.become_nobody(places))
+        if "user" not in done and tier == "T3" and jail.enter_user_namespace():
+            done.append("user")
+        linux.prctl(linux.PR_SET_DUMPABLE, 1)
+        version = jail.restrict_files(places, scratch)
+        if version == 0 and tier == "T2":
+            raise OSError("this kernel has no Landlock")
+        done.append(f"Landlock {version}" if version else "no Landlock")
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    forker, listener, found = _start_forker(settings, tier, null)
+    if tier != "T1":
+        done.append("seccomp allow-list" + (", forks by leave" if listener >= 0 else ""))
+    os.close(null)
+    worker = Worker(settings, forker, listener, OrderedDict(), OrderedDict(), scratch)
+    return worker, {"tier": tier, "isolation": ", ".join((*done, "limits")), "modules": found}
+
+
+def _become_first() -> None:
+    """Continues as process 1 of the new process namespace; this process only waits for it."""
+    process = os.fork()
+    if process:
+        linux.close_from(3)
+        linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)  # a new user namespace has cleared it
+        _, status = os.waitpid(process, 0)
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _start_forker(
+    settings: protocol.SandboxSettings, tier: str, null: int
+) -> tuple[watch.Forker, int, list[str]]:
+    """The warm interpreter, its listener (-1: none) and the modules it found."""
+    forker, own = watch.open_forker()
+    process = os.fork()
+    if process == 0:
+        try:
+            _be_forker(settings, tier, null, own)
+        except BaseException as error:
+            os.write(own[1], repr(error).encode())
+        os._exit(1)
+    for number in own:
+        os.close(number)
+    message, numbers, _, _ = socket.recv_fds(forker.control, 65536, 1)
+    if not message.startswith(_READY):
+        raise OSError(f"the warm interpreter did not start: {message.decode() or 'it died'}")
+    listener = numbers[0] if numbers else -1
+    return forker._replace(process=process), listener, json.loads(message[len(_READY) :])
+
+
+def _be_forker(
+    settings: protocol.SandboxSettings, tier: str, null: int, own: tuple[int, ...]
+) -> None:
+    os.environ.clear()
+    home = "/tmp" if tier == "T3" else "/"
+    os.environ.update(HOME=home, TMPDIR=home, LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # fmt: skip
+    targets = (programs.JOB, programs.CONTROL, programs.SINK, programs.OUT, programs.GO, 2)
+    watch.place_descriptors((*own, own[3], null), (*targets, 1, 0))
+    control = socket.socket(fileno=programs.CONTROL)
+    found = programs.warm(settings.modules)
+    programs.settle()
+    programs.limit(settings.memory_mb << 20, settings.output_bytes)
+    die_with_parent = lambda: linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+    each = (
+        die_with_parent if tier != "T3" else lambda: None
+    )  # in T3 the process namespace sees to it
+    sent = []
+    if tier != "T1":
+        jail.restrict_signals()
+        try:
+            sent = [filters.install(filters.program(notify=True), listener=True)]
+        except (
+            OSError
+        ):  # before Linux 5.5, or another listener above us: every fork takes the filter itself
+            instructions = filters.program(notify=False)
+            first = each
+            each = lambda: (first(), filters.install(instructions))
+    socket.send_fds(control, [_READY + json.dumps(found).encode()], sent)
+    control.detach()
+    linux.close_from(programs.GO + 1)
+    linux.close_from(3, programs.JOB - 1)
+    programs.serve(None, each)
+
+
+def _serve(worker: Worker, channel: socket.socket) -> None:
+    """Runs jobs one after the other until the supervisor goes away or it is time to be replaced."""
+    buffer = bytearray()
+    for _ in range(1 << 62):
+        data = channel.recv(1 << 18)
+        if not data:
+            os._exit(0)
+        buffer += data
+        for _, body in protocol.split_frames(buffer):
+            job, flags, prefix, code = protocol.unpack_job(body)
+            outcome = run_job(worker, prefix, code, bool(flags & protocol.SIBLINGS))
+            channel.sendall(
+                protocol.pack_result(
+                    job,
+                    outcome.status,
+                    outcome.start,
+                    outcome.cpu,
+                    outcome.wall,
+                    outcome.out,
+                    outcome.err,
+                )
+            )
+
+
+def run_job(worker: Worker, prefix: bytes, code: bytes, siblings: bool) -> Outcome:
+    """One program. Its prefix is kept executed when `siblings` are expected and nothing speaks against it."""
+    start = time.monotonic()
+    if prefix and siblings and worker.listener >= 0 and worker.settings.snapshots:
+        kept = _kept_prefix(worker, prefix)
+        if isinstance(kept, Outcome):
+            return kept._replace(start=start)
+        if kept is not None:
+            outcome = _run_sibling(worker, kept, prefix, code)
+            if outcome is not None:
+                return outcome
+    return _run_whole(worker, prefix, code)
+
+
+def _run_whole(worker: Worker, prefix: bytes, code: bytes) -> Outcome:
+    """A program from its first line."""
+    settings, forker = worker.settings, worker.forker
+    watch.write_job(forker, prefix, code)
+    process = watch.order(forker, programs.RUN, worker.listener)
+    if process <= 0:
+        raise SystemExit("the warm interpreter is gone")  # the supervisor starts another worker
+    start = time.monotonic()
+    watch.set_limits(process, settings.cpu_seconds)
+    end = watch.wait(process, worker.listener, settings.cpu_seconds, settings.wall_seconds)
+    outcome = _outcome(worker, forker, end, start)
+    _clean(worker, forker)
+    return outcome
+
+
+def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes) -> Outcome | None:
+    """Code in a fork of the process that has executed its prefix; None where that cannot be had."""
+    settings = worker.settings
+    os.kill(kept.process, signal.SIGCONT)
+    process = watch.order(kept, programs.RUN, worker.listener)
+    os.kill(kept.process, signal.SIGSTOP)
+    known = {worker.forker.process, *(other.process for other in worker.snapshots.values())}
+    if process in known or not watch.is_child(process):
+        raise SystemExit("a prefix tampered with the process it runs in")
+    start = time.monotonic()
+    watch.set_limits(process, settings.cpu_seconds)
+    watch.free_memory_limit(process)
+    watch.write_job(kept, b"", code)
+    os.write(kept.go, b"g")
+    end = watch.wait(
+        process, worker.listener, settings.cpu_seconds - kept.cpu, settings.wall_seconds
+    )
+    outcome = _outcome(worker, kept, end, start)
+    _clean(worker, kept)
+    if os.WIFEXITED(end.status) and os.WEXITSTATUS(end.status) == programs.NOT_A_UNIT:
+        return None
+    return outcome._replace(cpu=outcome.cpu + kept.cpu, wall=outcome.wall + kept.wall)
+
+
+def _kept_prefix(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
+    """The process that has executed this prefix; the outcome where it fails; None where it cannot be kept."""
+    if prefix in worker.snapshots:
+        worker.snapshots.move_to_end(prefix)
+        return worker.snapshots[prefix]
+    if prefix in worker.failed:
+        worker.failed.move_to_end(prefix)
+        return worker.failed[prefix]
+    kept = _keep(worker, prefix)
+    if isinstance(kept, watch.Forker):
+        worker.snapshots[prefix] = kept
+        if len(worker.snapshots) > worker.settings.snapshots:
+            watch.discard(worker.snapshots.popitem(last=False)[1])
+        return kept
+    worker.failed[prefix] = kept
+    if len(worker.failed) > 256:
+        worker.failed.popitem(last=False)
+    return kept
+
+
+def _keep(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
+    """Executes a prefix in a process that stays. What failed for the lack of memory is left to a whole run."""
+    settings = worker.settings
+    forker, own = watch.open_forker()
+    watch.write_job(forker, prefix, b"")
+    process = watch.order(worker.forker, programs.KEEP, worker.listener, own)
+    for number in own:
+        os.close(number)
+    if process <= 0:
+        raise SystemExit("the warm interpreter is gone")
+    start = time.monotonic()
+    watch.set_snapshot_limits(process, settings)
+    forker = forker._replace(process=process)
+    limits = settings.cpu_seconds, settings.wall_seconds
+    end = watch.wait(process, worker.listener, *limits, told=forker.control)
+    if end.reason == "told" and forker.control.recv(4) == b"kept":
+        os.kill(process, signal.SIGSTOP)
+        if not watch.holds_files(process) and not (worker.scratch and os.listdir(worker.scratch)):
+            watch.reset(forker)
+            return forker._replace(cpu=end.cpu, wall=end.wall)
+        outcome = None
+    elif end.reason == "told":
+        outcome = None
+    else:
+        outcome = _outcome(worker, forker, end, start)._replace(out=b"")
+        unsure = (programs.NOT_A_UNIT, programs.OUT_OF_MEMORY)
+        doubtful = os.WIFEXITED(end.status) and os.WEXITSTATUS(end.status) in unsure
+        if doubtful or outcome.status not in protocol.REPEATABLE:
+            outcome = None
+    watch.discard(forker)
+    _clean(worker, worker.forker)
+    return outcome
+
+
+def _outcome(worker: Worker, forker: watch.Forker, end: watch.End, start: float) -> Outcome:
+    """The verdict: from the exit status, the clock and the sizes of what was printed."""
+    settings = worker.settings
+    out, too_much_out = watch.printed(forker.out, settings.output_bytes)
+    err, too_much_err = watch.printed(forker.err, settings.output_bytes, settings.stderr_tail)
+    ended = os.WTERMSIG(end.status) if os.WIFSIGNALED(end.status) else 0
+    if end.reason != "exited":
+        status = end.reason
+    elif ended == signal.SIGXCPU:
+        status = "timeout_cpu"
+    elif too_much_out or too_much_err or ended == signal.SIGXFSZ:
+        status = "output_cap"
+    elif ended == signal.SIGKILL:
+        status = "timeout_cpu" if end.cpu >= settings.cpu_seconds else "killed"
+    elif ended:
+        status = "error"
+        err += f"[the program was ended by {signal.Signals(ended).name}]\n".encode()
+    elif end.status == 0:
+        status = "ok"
+    else:
+        memory = os.WEXITSTATUS(end.status) == programs.OUT_OF_MEMORY
+        status = "out_of_memory" if memory else "error"
+    return Outcome(status, out, err, end.cpu, end.wall, start)
+
+
+def _clean(worker: Worker, forker: watch.Forker) -> None:
+    """Nothing of a program is left for the next one."""
+    watch.reset(forker)
+    if worker.scratch and os.listdir(worker.scratch):
+        for entry in os.scandir(worker.scratch):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+        if os.listdir(worker.scratch):
+            raise SystemExit("the scratch folder cannot be emptied")
+
+
+_PROBE = b"""
+import os, socket
+def refused(action, *arguments):
+    try:
+        action(*arguments)
+    except OSError:
+        return True
+    return False
+tried = {
+    "sockets": (socket.socket,), "processes": (os.fork,), "signals": (os.kill, 1, 0), "/proc": (os.listdir, "/proc"),
+    "files of the host": (open, "/etc/hosts"), "writing outside /tmp": (open, "/x", "w"),
+}
+print(",".join(name for name, action in tried.items() if not refused(*action)), end="")
+"""
+
+
+def _check(worker: Worker, tier: str) -> None:
+    """Tries what must not work before any program may. Raises RuntimeError naming what did."""
+    outcome = _run_whole(worker, b"", _PROBE if tier != "T1" else b"")
+    if outcome.status != "ok" or outcome.out:
+        told = outcome.out.decode() or outcome.err.decode()
+        raise RuntimeError(f"the isolation does not hold: {outcome.status}, {told}")
