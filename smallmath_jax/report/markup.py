@@ -62,7 +62,7 @@ def data_url(source: str) -> str | None:
         return source if DATA_URL.fullmatch(source) else None
     try:
         content = epath.Path(source).read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no file name (a null byte, a lone surrogate)
         return None
     kind = next((kind for mark, kind in IMAGE_KINDS.items() if content.startswith(mark)), None)
     return f"data:{kind};base64,{base64.b64encode(content).decode()}" if kind else None
