@@ -7,6 +7,7 @@ pictures, evaluation on MATH-500, export; then transformers loads the export, an
 """
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
@@ -70,30 +71,52 @@ def write_folder(folder: pathlib.Path) -> None:
 def run(config: str, workdir: pathlib.Path, **fields) -> None:
     words = [sys.executable, "run.py", f"--config=configs/{config}", f"--workdir={workdir}"]
     words += [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
-    subprocess.run(words, cwd=ROOT, check=True)
+    path = f"{ROOT / 'benchmarks'}:{os.environ.get('PYTHONPATH', '')}"
+    subprocess.run(words, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": path})
 
 
-def check_logits(folder: pathlib.Path) -> float:
-    """Largest difference of logits on a text, ours against transformers', both from the exported folder."""
-    import jax.numpy as jnp
+def brief(case) -> float:
+    """The reward of the GRPO steps: a random model is never right, and this differs between its answers."""
+    return -len(case.text) / 100
+
+
+def check_logits(folder: pathlib.Path, problems: list) -> float:
+    """Largest difference of logits on prompts, ours against transformers', both from the exported folder."""
     import numpy as np
     import torch
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
+    from smallmath_jax.data.batches import collate, make_sequence
+    from smallmath_jax.data.images import ImageSettings
+    from smallmath_jax.data.prompts import GRAMMARS, build_prompt
+    from smallmath_jax.data.tokens import load_tokens
     from smallmath_jax.models import weights
     from smallmath_jax.models.qwen_vl import forward, head_matrix
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = np.asarray([tokenizer.encode("What is the sum of 3 and 4? <think>Steps:\n3+4=7</think>")])
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor(ids)).logits.numpy()
-    model, _ = weights.import_folder(str(folder))
-    positions = np.broadcast_to(np.arange(ids.shape[1]), (1, 3, ids.shape[1]))
-    hidden = forward(
-        model, jnp.asarray(ids), jnp.asarray(positions), jnp.ones(ids.shape, jnp.int32)
-    )
-    return float(np.abs(np.asarray(hidden @ head_matrix(model).T) - expected).max())
+    model, config = weights.import_folder(str(folder))
+    tokens, images = load_tokens(folder), ImageSettings(max_pixels=50176)
+    worst = 0.0
+    for problem in problems:
+        prompt = build_prompt(problem, tokens, GRAMMARS["think_answer"], images)
+        sequence = make_sequence(prompt, prompt.token_ids[-1:])  # any token stands for an answer
+        ids = torch.tensor(sequence.token_ids[None].astype(np.int64))
+        inputs = {"input_ids": ids}
+        if prompt.pixels is not None:
+            inputs["pixel_values"] = torch.tensor(prompt.pixels)
+            inputs["image_grid_thw"] = torch.tensor(prompt.grids)
+            inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+        with torch.no_grad():
+            expected = theirs(**inputs, use_cache=False).logits[0].numpy()
+        patches, length = max(4, int(prompt.grids.prod(-1).sum())), ids.shape[1]
+        special = config.image_token_id, config.video_token_id
+        batch = collate([[sequence]], length, patches, images, *special)
+        hidden = forward(
+            model, batch["tokens"], batch["positions"], batch["segment_ids"], batch.get("vision")
+        )
+        found = np.asarray(hidden @ head_matrix(model).T)[0, :length]
+        worst = max(worst, float(np.abs(found - expected).max()))
+    return worst
 
 
 def main() -> None:
@@ -141,15 +164,24 @@ def main() -> None:
         grpo__prompts=8,
         grpo__group_size=4,
         grpo__updates=1,
+        grpo__optimizer__learning_rate=1e-3,  # a few steps that move the weights
+        reward__function="real_data:brief",
+        reward__truncated="score",
         grpo__row_length=3328,
         grpo__row_patches=1024,
         grpo__microbatch_rows=4,
         eval__before=False,
         **shared,
     )
-    difference = check_logits(out / "run" / "export")
+    from smallmath_jax.data.problems import load_problems
+    from smallmath_jax.records import read_parts
+
+    steps = [row["grad_norm"] for row in read_parts(out / "run" / "metrics")]
+    print(f"GRPO on pictures: gradient norms {', '.join(f'{norm:.3g}' for norm in steps)}")
+    problems = load_problems(str(arguments.vision))[:3] + load_problems(str(arguments.gsm8k))[:3]
+    difference = check_logits(out / "run" / "export", problems)
     print(f"logits of the export, transformers against ours: largest difference {difference:.2e}")
-    sys.exit(difference > 1e-4)
+    sys.exit(difference > 1e-4 or not all(norm > 0 for norm in steps))
 
 
 if __name__ == "__main__":
