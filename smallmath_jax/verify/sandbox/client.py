@@ -18,6 +18,7 @@ from smallmath_jax.verify.sandbox import protocol
 from smallmath_jax.verify.sandbox.protocol import Result, SandboxBusy, SandboxError, SandboxSettings
 from smallmath_jax.verify.sandbox.supervisor import command, environment
 
+_DEFAULTS = SandboxSettings()
 RESTARTS = 3  # in a row without a result: then the sandbox is given up
 _RECENT = 4096  # programs the percentiles of `counters` are taken over
 
@@ -101,7 +102,10 @@ class Sandbox:
         return taken
 
     async def run(self, prefix: str, code: str) -> Result:
-        """Runs one program on an asyncio loop; thousands may be awaited at once. Waits while `pending` are in flight."""
+        """Runs one program on an asyncio loop; thousands may be awaited at once.
+
+        Waits for room while `settings.pending` are in flight. Raises SandboxError as `run_many` does.
+        """
         loop = asyncio.get_running_loop()
         self._listen(loop)
         while len(self._flights) >= self.settings.pending:
@@ -331,7 +335,7 @@ class Sandbox:
 
 
 @contextlib.contextmanager
-def start_sandbox(settings: SandboxSettings = SandboxSettings()) -> Iterator[Sandbox]:
+def start_sandbox(settings: SandboxSettings = _DEFAULTS) -> Iterator[Sandbox]:
     """Starts the sandbox, to be used in a `with`; do it before importing jax in the same process.
 
     Raises SandboxError when no isolation is to be had (containers may forbid it) and `allow_unsafe` is not set.

@@ -84,8 +84,20 @@ def settle() -> None:
         signal.signal(number, signal.SIG_DFL)
     atexit._clear()
     gc.collect()
+    collapse_heap()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+def collapse_heap() -> int:
+    """Puts the heap on huge pages where the kernel can (6.1 on): a fork then copies a few hundred page table entries
+    instead of fifteen thousand. Returns how many. Blocks are found by where objects lie: there is no /proc."""
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size, collapse = 1 << 21, 25
+    blocks = {id(thing) // size for thing in gc.get_objects()}
+    blocks |= {id(thing) // size for thing in sys.modules.values()}
+    return sum(libc.madvise(block * size, size, collapse) == 0 for block in blocks)
 
 
 def limit(memory: int, output: int) -> None:

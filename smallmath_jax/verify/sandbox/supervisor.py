@@ -59,6 +59,7 @@ class Worker:
     tier: str
     hello: dict | None = None
     failure: str = ""
+    leaving: bool = False  # it has run as many programs as it may
     buffer: bytearray = dataclasses.field(default_factory=bytearray)
     jobs: "collections.deque[Job]" = dataclasses.field(default_factory=collections.deque)
     busy_since: float = 0.0
@@ -74,6 +75,7 @@ class State:
     workers: list[Worker]
     queue: "collections.deque[Job]"
     homes: "collections.OrderedDict[bytes, Worker | None]"  # prefix -> who ran it last
+    shunned: set[bytes]  # prefixes that took a worker down: their programs run whole
     outbox: bytearray
     inbox: bytearray
     ready: bool = False
@@ -87,7 +89,7 @@ def main() -> None:
     selector = selectors.DefaultSelector()
     selector.register(client, selectors.EVENT_READ, None)
     state = State(config, client, selector, list(config["tiers"]), [], [], collections.deque(),
-                  collections.OrderedDict(), bytearray(), bytearray())  # fmt: skip
+                  collections.OrderedDict(), set(), bytearray(), bytearray())  # fmt: skip
     _start_worker(state)
     while True:
         events = selector.select(timeout=5.0)
@@ -159,6 +161,8 @@ def _hear_worker(state: State, worker: Worker) -> None:
         elif kind == b"H":
             worker.hello = json.loads(body)
             _welcome(state)
+        elif kind == b"B":
+            worker.leaving = True
 
 
 def _welcome(state: State) -> None:
@@ -195,8 +199,9 @@ def _bury(state: State, worker: Worker) -> None:
             state.client.setblocking(True)
             state.client.sendall(protocol.frame(b"F", "; ".join(state.failures[-4:]).encode()))
             _end(state)
-    if worker.jobs and worker.busy_since:
+    if worker.jobs and not worker.leaving:
         worker.jobs[0].attempts += 1
+        state.shunned.add(worker.jobs[0].key)
     for job in reversed(worker.jobs):
         if job.attempts < ATTEMPTS:
             state.queue.appendleft(job)
@@ -259,7 +264,7 @@ def _hand_over(state: State, worker: Worker, job: Job) -> None:
             seen = any(
                 other.key == job.key for _, other in zip(range(WINDOW), state.queue, strict=False)
             )
-        if seen and job.attempts == 0:  # a program that has taken a worker down runs whole
+        if seen and job.key not in state.shunned:
             number, _, prefix, code = protocol.JOB.unpack_from(body)
             body = (
                 protocol.JOB.pack(number, protocol.SIBLINGS, prefix, code)

@@ -93,24 +93,24 @@ def printed(number: int, cap: int, tail: int = 0) -> tuple[bytes, bool]:
     return os.pread(number, kept - start, start), size > cap
 
 
-def order(forker: Forker, kind: bytes, listener: int, own: Sequence[int] = ()) -> int:
-    """Has a forker fork. Returns the child's process id, 0 when the forker failed."""
+def order(forker: Forker, kind: bytes, listener: int, own: Sequence[int] = ()) -> tuple[int, bool]:
+    """Has a forker fork. Returns the child's process id (0 when it gave none) and whether it was let fork at all."""
     try:
         forker.control.send(kind)
         if own:
             socket.send_fds(forker.control, [b"f"], list(own))
-        return _reported(forker, listener)
     except OSError:
-        return 0
+        return 0, False
+    return _reported(forker, listener)
 
 
-def _reported(forker: Forker, listener: int) -> int:
+def _reported(forker: Forker, listener: int) -> tuple[int, bool]:
     """Grants one fork to the forker and hears the child's id from it."""
     poll = select.poll()
     poll.register(forker.control.fileno(), select.POLLIN)
     if listener >= 0:
         poll.register(listener, select.POLLIN)
-    granted = False
+    granted = listener < 0
     until = time.monotonic() + _REPORT_SECONDS
     while (left := until - time.monotonic()) > 0:
         ready = [number for number, _ in poll.poll(left * 1000 + 1)]
@@ -118,8 +118,8 @@ def _reported(forker: Forker, listener: int) -> int:
             granted |= answer(listener, 0 if granted else forker.process)
         if forker.control.fileno() in ready:
             data = forker.control.recv(4)
-            return struct.unpack("<i", data)[0] if len(data) == 4 else 0
-    return 0
+            return (struct.unpack("<i", data)[0] if len(data) == 4 else 0), granted
+    return 0, granted
 
 
 def answer(listener: int, allowed: int) -> bool:

@@ -4,6 +4,7 @@ It never executes a program and trusts no process that has. Nothing a program wr
 exit status, seen by `wait4`, and the two memory files it printed to.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -128,7 +129,8 @@ def _be_forker(
 ) -> None:
     os.environ.clear()
     home = "/tmp" if tier == "T3" else "/"
-    os.environ.update(HOME=home, TMPDIR=home, LANG="C.UTF-8", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # fmt: skip
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.environ.update({"HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", **threads})
     targets = (programs.JOB, programs.CONTROL, programs.SINK, programs.OUT, programs.GO, 2)
     watch.place_descriptors((*own, own[3], null), (*targets, 1, 0))
     control = socket.socket(fileno=programs.CONTROL)
@@ -159,8 +161,8 @@ def _be_forker(
 
 def _serve(worker: Worker, channel: socket.socket) -> None:
     """Runs jobs one after the other until the supervisor goes away or it is time to be replaced."""
-    buffer = bytearray()
-    for _ in range(1 << 62):
+    buffer, left = bytearray(), worker.settings.recycle_runs
+    while left > 0:
         data = channel.recv(1 << 18)
         if not data:
             os._exit(0)
@@ -179,6 +181,9 @@ def _serve(worker: Worker, channel: socket.socket) -> None:
                     outcome.err,
                 )
             )
+            left -= 1
+    channel.sendall(protocol.frame(b"B", b""))
+    os._exit(0)
 
 
 def run_job(worker: Worker, prefix: bytes, code: bytes, siblings: bool) -> Outcome:
@@ -199,7 +204,7 @@ def _run_whole(worker: Worker, prefix: bytes, code: bytes) -> Outcome:
     """A program from its first line."""
     settings, forker = worker.settings, worker.forker
     watch.write_job(forker, prefix, code)
-    process = watch.order(forker, programs.RUN, worker.listener)
+    process, _ = watch.order(forker, programs.RUN, worker.listener)
     if process <= 0:
         raise SystemExit("the warm interpreter is gone")  # the supervisor starts another worker
     start = time.monotonic()
@@ -214,11 +219,15 @@ def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes)
     """Code in a fork of the process that has executed its prefix; None where that cannot be had."""
     settings = worker.settings
     os.kill(kept.process, signal.SIGCONT)
-    process = watch.order(kept, programs.RUN, worker.listener)
+    process, forked = watch.order(kept, programs.RUN, worker.listener)
     os.kill(kept.process, signal.SIGSTOP)
     known = {worker.forker.process, *(other.process for other in worker.snapshots.values())}
     if process in known or not watch.is_child(process):
-        raise SystemExit("a prefix tampered with the process it runs in")
+        # The prefix has spoilt the process it ran in: its programs run whole from now on.
+        if forked:
+            raise SystemExit("a kept prefix hides the process it made")  # all of this jail goes
+        _give_up(worker, prefix)
+        return None
     start = time.monotonic()
     watch.set_limits(process, settings.cpu_seconds)
     watch.free_memory_limit(process)
@@ -234,21 +243,32 @@ def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes)
     return outcome._replace(cpu=outcome.cpu + kept.cpu, wall=outcome.wall + kept.wall)
 
 
+def _give_up(worker: Worker, prefix: bytes) -> None:
+    key = _key(prefix)
+    watch.discard(worker.snapshots.pop(key))
+    worker.failed[key] = None
+
+
+def _key(prefix: bytes) -> bytes:
+    return hashlib.blake2b(prefix, digest_size=32).digest()
+
+
 def _kept_prefix(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
     """The process that has executed this prefix; the outcome where it fails; None where it cannot be kept."""
-    if prefix in worker.snapshots:
-        worker.snapshots.move_to_end(prefix)
-        return worker.snapshots[prefix]
-    if prefix in worker.failed:
-        worker.failed.move_to_end(prefix)
-        return worker.failed[prefix]
+    key = _key(prefix)
+    if key in worker.snapshots:
+        worker.snapshots.move_to_end(key)
+        return worker.snapshots[key]
+    if key in worker.failed:
+        worker.failed.move_to_end(key)
+        return worker.failed[key]
     kept = _keep(worker, prefix)
     if isinstance(kept, watch.Forker):
-        worker.snapshots[prefix] = kept
+        worker.snapshots[key] = kept
         if len(worker.snapshots) > worker.settings.snapshots:
             watch.discard(worker.snapshots.popitem(last=False)[1])
         return kept
-    worker.failed[prefix] = kept
+    worker.failed[key] = kept
     if len(worker.failed) > 256:
         worker.failed.popitem(last=False)
     return kept
@@ -259,7 +279,7 @@ def _keep(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
     settings = worker.settings
     forker, own = watch.open_forker()
     watch.write_job(forker, prefix, b"")
-    process = watch.order(worker.forker, programs.KEEP, worker.listener, own)
+    process, _ = watch.order(worker.forker, programs.KEEP, worker.listener, own)
     for number in own:
         os.close(number)
     if process <= 0:
