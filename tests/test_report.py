@@ -4,11 +4,12 @@ import itertools
 import json
 import math
 import re
+from xml.etree import ElementTree
 
 import pytest
 
 from smallmath_jax.records import write_part, write_text
-from smallmath_jax.report import metrics, pages
+from smallmath_jax.report import metrics, pages, plots
 
 
 def row(
@@ -91,6 +92,23 @@ def test_samples_of_one_problem_are_not_counted_as_independent():
     ]
     found = metrics.accuracy(rows)
     assert (found["accuracy"], found["n"]) == (0.25, 2)
+
+
+def test_names_in_plots_are_words(tmp_path):
+    name = "</svg><script>1</script> $x & Probability"
+    cell = {"accuracy": 0.5, "n": 4, "ci": [0.2, 0.8], "correct": 2.0}
+    drawn = [
+        plots.accuracy_bars({name: {name: cell}, "b": {name: cell}}, name, form="svg"),
+        plots.correct_pie({name: cell}, name, form="svg"),
+        plots.curves([1], {name: [0.5], "b": [math.nan]}, name, form="svg"),
+    ]
+    for svg in drawn:
+        root = ElementTree.fromstring(svg)  # well-formed, so the name stayed text
+        assert root.get("aria-label") == name and root.get("role") == "img"
+        kinds = {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert not kinds & {"script", "style", "metadata", "image"}
+        assert name in [element.text for element in root.iter() if element.text]
+        assert b'href="' not in svg and b"var(--ink)" in svg
 
 
 def test_summary_and_page(tmp_path):

@@ -1,16 +1,319 @@
-"""The report's sections of a self-evolution run."""
+"""The report's sections of a self-evolution run (rStar-Math): rounds, test-time scaling, backtracking, theorems.
+
+They are made from WORKDIR/evolution.json, whose fields also go into report.json. Each field is optional, and a section
+stands in the page only when its field does. A *share* is {"accuracy", "n", "ci": [low, high]}, as everywhere in
+report.json, or a bare number in [0, 1] where no interval is known, or null.
+
+    rounds          [round, ...] in order; 0 is the model before the first round (tables 4 and 6 of the paper):
+        round               0, 1, 2, ...
+        accuracy            share: greedy pass@1 of the round's policy
+        search_accuracy     share: the round's policy and preference model searching together
+        solved              share: training problems with a right trajectory so far
+        coverage_by_level   {level: share}: the same by level
+        by_level, by_subject  {level or subject: share}: pass@1
+        by_set              {problem set: share}: search accuracy by benchmark
+        anything else       a number or text (policy, rollouts, candidates, sft_examples, pairs, tokens, wall_s, ...):
+                            a row of the table
+    scaling         {method: [point, ...]}; point = {"trajectories", "tokens", "accuracy", "n", "ci"}, tokens a problem
+    backtracking    {"trees", "count", "examples": [example, ...], "by_round": {round: {"trees", "count"}}}: trees whose
+                    chosen path leaves a step behind that search had tried first and scored lower as it went on.
+                    example = {"problem_id", "problem", "gold", "answer", "prefix": [step, ...], "left": [step, ...],
+                    "taken": [step, ...], "images": [...], "page": address of the tree's page}
+                    step = {"tag", "text", "score"}: score the preference model's, or null
+    theorems        {"theorem": stat, "other": stat, "by_theorem": {name: stat}, "examples": [step + "theorem", ...]}
+                    stat = {"n", "mean_score", "ci": [low, high], "mean_q"}
+    reward_models   {policy: {"pass@1": share, "+ ORM": share, "+ PQM": share, "+ PPM": share}} (table 8, figure 5)
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from smallmath_jax.report import plots
+from smallmath_jax.report.markup import data_url, escape, percent, picture, table
+
+FIELDS = ("rounds", "scaling", "backtracking", "theorems", "reward_models")
+SHARES = {
+    "accuracy": "pass@1",
+    "search_accuracy": "with search",
+    "solved": "training problems solved",
+}
+GROUPED = {  # field -> (title, what comes before a category's name)
+    "coverage_by_level": ("coverage by level", "level "),
+    "by_level": ("pass@1 by level", "level "),
+    "by_subject": ("pass@1 by subject", ""),
+    "by_set": ("with search, by problem set", ""),
+}
+SHOWN_EXAMPLES = 6
+Share = Mapping[str, Any] | float | None
+
 
 def read(root: epath.Path) -> dict[str, Any]:
+    """WORKDIR/evolution.json, empty where there is none. Raises ValueError naming a field that is not known."""
     path = root / "evolution.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    for name in found:
+        if name not in FIELDS:
+            raise ValueError(f"{path}: no field {name!r}; known: {', '.join(FIELDS)}")
+    return found
 
 
-def sections(record: Mapping[str, Any], pictures: Any) -> dict[str, str]:
-    return {}
+def headline(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The last round's pass@1 in the headline form of report.json; None where there is none."""
+    last = next(
+        (r for r in reversed(found.get("rounds", ())) if value(r.get("accuracy")) is not None), None
+    )
+    if last is None:
+        return None
+    by_level = {name: as_cell(share) for name, share in (last.get("by_level") or {}).items()}
+    by_subject = {name: as_cell(share) for name, share in (last.get("by_subject") or {}).items()}
+    return as_cell(last["accuracy"]) | {"by_level": by_level, "by_subject": by_subject}
+
+
+def sections(record: Mapping[str, Any], pictures: Callable[..., str]) -> dict[str, str]:
+    """Section title -> HTML, for the fields that `record` (report.json) has."""
+    writers = {
+        "rounds": ("Rounds of self-evolution", rounds_section),
+        "scaling": ("Test-time scaling", scaling_section),
+        "reward_models": ("Policy and reward model", reward_models_section),
+        "backtracking": ("Backtracking", backtracking_section),
+        "theorems": ("Steps that apply a theorem", theorems_section),
+    }
+    return {
+        title: write(record[name], pictures)
+        for name, (title, write) in writers.items()
+        if record.get(name)
+    }
+
+
+def value(share: Share) -> float | None:
+    """The share as a number; None where it is not known."""
+    return share["accuracy"] if isinstance(share, Mapping) else share
+
+
+def as_cell(share: Share) -> dict[str, Any] | None:
+    """The share as {"accuracy", "n", "ci"}: a bare number has no n, and itself as interval."""
+    if isinstance(share, Mapping) or share is None:
+        return dict(share) if share else None
+    return {"accuracy": share, "n": None, "ci": [share, share]}
+
+
+def _words(share: Share, interval: bool = True) -> str:
+    """A share as a table cell."""
+    if value(share) is None:
+        return "–"
+    text = f"<b>{percent(value(share))}</b>"
+    if interval and isinstance(share, Mapping) and share.get("n"):
+        low, high = share["ci"]
+        text += f"<br><small>{percent(low)} – {percent(high)}, n = {share['n']}</small>"
+    return text
+
+
+def round_name(found: Mapping[str, Any]) -> str:
+    return "base" if found["round"] == 0 else f"round {found['round']}"
+
+
+def rounds_section(rounds: Sequence[Mapping[str, Any]], pictures: Callable[..., str]) -> str:
+    """The table of rounds, curves over rounds, coverage by level."""
+    names = [round_name(found) for found in rounds]
+    known = [name for name in SHARES if any(value(found.get(name)) is not None for found in rounds)]
+    rows = [
+        [escape(SHARES[name]), *(_words(found.get(name)) for found in rounds)] for name in known
+    ]
+    plain = {
+        name: None
+        for found in rounds
+        for name, content in found.items()
+        if name != "round" and name not in SHARES and not isinstance(content, Mapping | list)
+    }
+    for name in plain:
+        cells = (found.get(name) for found in rounds)
+        rows.append([escape(name.replace("_", " ")), *(_plain(cell) for cell in cells)])
+    text = table(["", *(escape(name) for name in names)], rows)
+    drawn = []
+    if known:
+        lines = {SHARES[name]: _points(rounds, name) for name in known}
+        drawn.append(pictures("rounds", plots.shares, lines, "by round", "round", whole_steps=True))
+    for field, (title, prefix) in GROUPED.items():
+        if tables := _by_round(rounds, field):
+            # names that are no bare level ("GSM8K", "Olympiad") say themselves what they are
+            before = prefix if all(c.isdigit() for cells in tables.values() for c in cells) else ""
+            drawn.append(
+                pictures(f"rounds_{field}", plots.accuracy_bars, tables, title, prefix=before)
+            )
+            text += _grouped_table(title, tables)
+    return f"{text}<div class=grid>{''.join(drawn)}</div>"
+
+
+def _plain(cell: Any) -> str:
+    if cell is None:
+        return "–"
+    if isinstance(cell, bool | str):
+        return escape(cell)
+    return escape(f"{cell:,.4g}" if isinstance(cell, float) else f"{cell:,}")
+
+
+def _points(rounds: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, ...]]:
+    """(round, share, low, high) of the rounds that know it."""
+    cells = [(found["round"], as_cell(found.get(name))) for found in rounds]
+    return [(number, cell["accuracy"], *cell["ci"]) for number, cell in cells if cell]
+
+
+def _by_round(
+    rounds: Sequence[Mapping[str, Any]], field: str
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """round's name -> category -> cell, of the rounds that have the field."""
+    tables = {}
+    for found in rounds:
+        cells = {str(name): as_cell(share) for name, share in (found.get(field) or {}).items()}
+        cells = {name: cell for name, cell in cells.items() if cell}
+        if cells:
+            tables[round_name(found)] = cells
+    return tables
+
+
+def _grouped_table(title: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
+    categories = sorted({category for cells in tables.values() for category in cells})
+    rows = [
+        [escape(name), *(_words(cells.get(category), False) for category in categories)]
+        for name, cells in tables.items()
+    ]
+    head = ["", *(escape(category) for category in categories)]
+    return f"<h3>{escape(title)}</h3>{table(head, rows)}"
+
+
+def scaling_section(
+    scaling: Mapping[str, Sequence[Mapping[str, Any]]], pictures: Callable[..., str]
+) -> str:
+    """Accuracy against trajectories and against tokens, a line a method (figure 3)."""
+    drawn, rows = [], []
+    for axis, words in (("trajectories", "trajectories"), ("tokens", "tokens a problem")):
+        lines = {
+            method: sorted(
+                (float(point[axis]), point["accuracy"], *point.get("ci", [point["accuracy"]] * 2))
+                for point in points
+                if point.get(axis)
+            )
+            for method, points in scaling.items()
+        }
+        lines = {method: points for method, points in lines.items() if points}
+        if lines:
+            title = f"accuracy by {words}"
+            drawn.append(pictures(f"scaling_{axis}", plots.shares, lines, title, words, log=True))
+    for method, points in scaling.items():
+        for point in points:
+            number, tokens = point.get("trajectories"), point.get("tokens")
+            rows.append(
+                [
+                    escape(method),
+                    "–" if number is None else f"{number:g}",
+                    "–" if tokens is None else f"{tokens:,.0f}",
+                    _words(point),
+                ]
+            )
+    head = ["method", "trajectories", "tokens a problem", "accuracy"]
+    shown = f"<details><summary>numbers</summary>{table(head, rows)}</details>"
+    return f"<div class=grid>{''.join(drawn)}</div>{shown}"
+
+
+def reward_models_section(
+    models: Mapping[str, Mapping[str, Share]], pictures: Callable[..., str]
+) -> str:
+    """Policies against the ways their answers are chosen (figure 5): which of the two decides?"""
+    methods = list(dict.fromkeys(method for found in models.values() for method in found))
+    rows = [
+        [escape(policy), *(_words(found.get(method)) for method in methods)]
+        for policy, found in models.items()
+    ]
+    tables = {
+        method: {
+            policy: cell
+            for policy, found in models.items()
+            if (cell := as_cell(found.get(method))) is not None
+        }
+        for method in methods
+    }
+    drawn = pictures("reward_models", plots.accuracy_bars, tables, "by policy and reward model")
+    return table(["policy", *(escape(method) for method in methods)], rows) + drawn
+
+
+def backtracking_section(found: Mapping[str, Any], pictures: Callable[..., str]) -> str:
+    """How often search left a branch whose score fell for a sibling that won, with examples (figure 4)."""
+    text = ""
+    if found.get("trees"):
+        share = found["count"] / found["trees"]
+        text = (
+            f"<p>In <b>{found['count']:,}</b> of {found['trees']:,} trees ({percent(share)}) the search went down one "
+            "branch first, saw its score fall, and answered from a sibling.</p>"
+        )
+    if found.get("by_round"):
+        rows = [
+            [escape(name), f"{cell['trees']:,}", f"{cell['count']:,}"]
+            + [percent(cell["count"] / cell["trees"]) if cell["trees"] else "–"]
+            for name, cell in found["by_round"].items()
+        ]
+        text += table(["round", "trees", "with backtracking", "share"], rows)
+    return text + "".join(_example(one) for one in found.get("examples", [])[:SHOWN_EXAMPLES])
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    shown = "".join(picture(image) for image in example.get("images", ()) if data_url(image))
+    steps = [
+        *(_step(step, "", "") for step in example.get("prefix", ())),
+        *(_step(step, "left", "left behind") for step in example.get("left", ())),
+        *(_step(step, "chosen", "taken instead") for step in example.get("taken", ())),
+    ]
+    page = str(example.get("page", ""))
+    # only an address inside the report: a javascript: or http: one is no page of ours
+    link = f" · <a href='{escape(page)}'>the whole tree</a>" if page and ":" not in page else ""
+    return (
+        f"<article class=sample><div class=question>{shown}<div><p>{escape(example.get('problem', ''))}</p>"
+        f"<p class=gold>right answer <b>{escape(example.get('gold', ''))}</b>, answered "
+        f"<b>{escape(example.get('answer', ''))}</b>{link}</p></div></div>"
+        f"<ol class=path>{''.join(steps)}</ol></article>"
+    )
+
+
+def _step(step: Mapping[str, Any], kind: str, words: str) -> str:
+    score = "–" if step.get("score") is None else f"{step['score']:+.3f}"
+    note = f" · {escape(words)}" if words else ""
+    return (
+        f"<li class='{kind}'><span class=note>score <b>{score}</b>{note}</span>"
+        f"<pre>{escape(str(step.get('text', '')).strip())}</pre></li>"
+    )
+
+
+def theorems_section(found: Mapping[str, Any], pictures: Callable[..., str]) -> str:
+    """Preference-model scores of steps that name a theorem against those of other steps (section 5)."""
+    stats = {
+        name: stat
+        for name, stat in (
+            ("all that apply a theorem", found.get("theorem")),
+            ("all other steps", found.get("other")),
+            *(found.get("by_theorem") or {}).items(),
+        )
+        if stat and stat["n"]
+    }
+    if not stats:
+        return ""
+    rows = [
+        [
+            escape(name),
+            f"{stat['n']:,}",
+            f"<b>{stat['mean_score']:+.3f}</b>",
+            " – ".join(f"{end:+.3f}" for end in stat["ci"]) if stat.get("ci") else "",
+            f"{stat['mean_q']:+.3f}" if stat.get("mean_q") is not None else "",
+        ]
+        for name, stat in stats.items()
+    ]
+    head = ["steps", "count", "mean score", "95 % interval", "mean Q-value"]
+    drawn = pictures("theorems", plots.score_rows, stats, "preference model's score")
+    steps = "".join(
+        _step(one, "chosen", str(one.get("theorem", ""))) for one in found.get("examples", ())
+    )
+    examples = f"<details><summary>examples</summary><ol class=path>{steps}</ol></details>"
+    return table(head, rows) + drawn + (examples if steps else "")

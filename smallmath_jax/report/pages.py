@@ -128,7 +128,10 @@ def report_record(
     record: dict[str, Any] = {}
     results = {name: found["result"] for name, found in evaluations.items()}
     headline = (
-        results.get("after") or results.get("evaluation") or next(iter(results.values()), None)
+        results.get("after")
+        or results.get("evaluation")
+        or next(iter(results.values()), None)
+        or evolution.headline(rounds or {})
     )
     if headline:
         fields = ("accuracy", "n", "ci", "by_level", "by_subject", "decoding")
@@ -221,14 +224,29 @@ def hero(record: dict[str, Any]) -> str:
     elif "accuracy" in record:
         which = "before training; the run has not finished" if before else "accuracy"
         cells.append(_cell(percent(record["accuracy"]), which, lead=True))
-    if "ci" in record:
+    if rounds := record.get("rounds"):
+        cells += _round_cells(rounds)
+    elif "ci" in record:
         low, high = record["ci"]
         cells.append(
             _cell(f"{100 * low:.0f}–{100 * high:.0f}%", f"95 % interval, {record['n']} problems")
         )
-    if not cells and not record.get("rounds"):
+    if not cells:
         return "<p class=note>No evaluation yet: this run has not finished.</p>"
-    return f"<div class=hero>{''.join(cells)}</div>" if cells else ""
+    return f"<div class=hero>{''.join(cells)}</div>"
+
+
+def _round_cells(rounds: list[dict[str, Any]]) -> list[str]:
+    """The last round's shares, those of the first beside them."""
+    cells = []
+    for name, words in evolution.SHARES.items():
+        known = [(r, evolution.value(r.get(name))) for r in rounds]
+        known = [(evolution.round_name(r), share) for r, share in known if share is not None]
+        if known:
+            (first, start), (last, end) = known[0], known[-1]
+            about = f"{words}, {last}" + (f" ({first}: {percent(start)})" if len(known) > 1 else "")
+            cells.append(_cell(percent(end), about, lead=name == "search_accuracy"))
+    return cells
 
 
 def _cell(number: str, words: str, lead: bool = False) -> str:

@@ -53,6 +53,7 @@ STYLE = {
     "ytick.labelsize": 8.5,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "text.parse_math": False,  # names are words: a "$" in one is no formula
     "svg.fonttype": "none",
     "svg.hashsalt": "smallmath",
 }
@@ -97,7 +98,7 @@ def accuracy_bars(
     form: str = "png",
     prefix: str = "",
 ) -> bytes:
-    """Grouped bars with Wilson intervals. `tables`: evaluation -> category -> {"accuracy", "n", "ci"}.
+    """Grouped bars with their intervals. `tables`: evaluation -> category -> {"accuracy", "n", "ci"}; n may be None.
 
     Short categories stand side by side, long or many ones below each other. `prefix` comes before each name.
     """
@@ -116,13 +117,14 @@ def accuracy_bars(
         for series, table in enumerate(tables.values()):
             for place, category in enumerate(categories):
                 cell = table.get(category)
-                if cell and cell["n"]:
+                if cell and cell["n"] != 0:
                     at = place + (series - (count - 1) / 2) * thick
                     _bar(axes, at, thick, cell, COLOURS[series % len(COLOURS)], rows, numbered)
-        labels = [
-            f"{name}  (n = {_count(tables, c)})" if rows else f"{name}\nn = {_count(tables, c)}"
-            for name, c in zip(names, categories, strict=True)
-        ]
+        labels = []
+        for name, category in zip(names, categories, strict=True):
+            known = _count(tables, category)
+            number = f"  (n = {known})" if rows else f"\nn = {known}"
+            labels.append(name + (number if known else ""))
         _share_axis(axes, labels, rows)
         axes.set_title(title, pad=22 if len(tables) > 1 else 8)
         if len(tables) > 1:
@@ -186,7 +188,7 @@ def _legend_above(axes, handles: list, names: list[str]) -> None:
 
 
 def _count(tables: Mapping[str, Mapping[str, Mapping[str, Any]]], category: str) -> int:
-    return max(int(table[category]["n"]) for table in tables.values() if category in table)
+    return max(int(table[category]["n"] or 0) for table in tables.values() if category in table)
 
 
 def correct_pie(
@@ -269,6 +271,71 @@ def _curve(axes, steps: Sequence[float], values: Sequence[float], name: str, col
         recent = [value for value in values[max(0, end - window) : end] if not math.isnan(value)]
         smooth.append(sum(recent) / len(recent) if recent else math.nan)
     axes.plot(steps, smooth, color=colour, label=name, linewidth=1.8)
+
+
+def shares(
+    lines: Mapping[str, Sequence[tuple[float, ...]]],
+    title: str,
+    step_name: str,
+    log: bool = False,
+    whole_steps: bool = False,
+    form: str = "png",
+) -> bytes:
+    """Shares with intervals over rounds, trajectories or tokens. `lines`: name -> (x, share, low, high), x rising.
+
+    `log`: x in powers of two or ten; `whole_steps`: a tick at each whole x.
+    """
+
+    def draw():
+        figure, axes = pyplot.subplots(figsize=(5.6, 2.9))
+        every = sorted({point[0] for points in lines.values() for point in points})
+        for place, (name, points) in enumerate(lines.items()):
+            x, share, low, high = zip(*points, strict=True)
+            colour = COLOURS[1:][place % (len(COLOURS) - 1)]
+            percents = [100 * value for value in share]
+            axes.plot(
+                x, percents, color=colour, label=name, linewidth=1.8, marker="o", markersize=4
+            )
+            ends = [[100 * value for value in side] for side in (low, high)]
+            axes.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0)
+        if log:
+            axes.set_xscale("log")
+        if whole_steps or len(every) <= 10:
+            axes.set_xticks(every, [f"{x:,.0f}" for x in every])
+            axes.set_xticks([], minor=True)
+        axes.set_ylim(0, 105)
+        axes.set_yticks(range(0, 101, 20))
+        axes.set_xlabel(step_name)
+        axes.set_ylabel("%")
+        axes.grid(False, axis="x")
+        axes.set_title(title)
+        if len(lines) > 1:
+            _legend_above(axes, *axes.get_legend_handles_labels())
+        return figure
+
+    return _rendered(draw, form, title)
+
+
+def score_rows(stats: Mapping[str, Mapping[str, Any]], title: str, form: str = "png") -> bytes:
+    """Mean scores in [-1, 1] with intervals. `stats`: name -> {"n", "mean_score", "ci" (optional)}."""
+
+    def draw():
+        figure, axes = pyplot.subplots(figsize=(3.4, 0.8 + 0.3 * len(stats)))
+        for place, stat in enumerate(stats.values()):
+            colour = COLOURS[3] if stat["mean_score"] >= 0 else COLOURS[2]
+            axes.barh(place, stat["mean_score"], 0.6, color=colour)
+            if stat.get("ci"):
+                axes.plot(stat["ci"], [place, place], color=INK, linewidth=1.1)
+        names = [f"{name}  (n = {stat['n']:,})" for name, stat in stats.items()]
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlim(-1.02, 1.02)
+        axes.axvline(0, color=MUTED, linewidth=0.8)
+        axes.grid(False, axis="y")
+        axes.set_title(title)
+        return figure
+
+    return _rendered(draw, form, title)
 
 
 def length_histogram(lengths: Mapping[str, Sequence[int]], form: str = "png") -> bytes:
