@@ -62,7 +62,7 @@ def main() -> None:
     if arguments.picture:
         report = json.loads((arguments.workdirs[0] / "report" / "report.json").read_text())
         tables = {name: report["evaluations"][name]["by_subject"] for name in ("before", "after")}
-        title = "embedded problems, sampled at T = 1, before and after GRPO"
+        title = "Sampled at T = 1, before and after GRPO"
         arguments.picture.write_bytes(plots.accuracy_bars(tables, title))
     sys.exit(not met)
 

@@ -44,9 +44,11 @@ def write_problems(out: pathlib.Path) -> None:
     """Text problems: some with solutions in both styles for the start, others for GRPO."""
     from smallmath_jax.data.tiny import worked_solution
 
-    problems = tiny_problems("train", 14000, seed=11, image_share=0.0)
+    drawn = tiny_problems("train", 16000, seed=11, image_share=0.0)
+    problems = list({problem.id: problem for problem in drawn}.values())
+    taught = len(problems) * 6 // 7
     with open(out / "sft.jsonl", "w") as file:
-        for index, problem in enumerate(problems[:12000]):
+        for index, problem in enumerate(problems[:taught]):
             text = worked_solution(problem, "think_answer", "terse" if index % 5 < 3 else "worked")
             think = text.partition("<think>")[2].partition("</think>")[0]
             row = {
@@ -57,7 +59,7 @@ def write_problems(out: pathlib.Path) -> None:
             }
             file.write(json.dumps(row) + "\n")
     with open(out / "problems.jsonl", "w") as file:
-        for problem in problems[12000:]:
+        for problem in problems[taught:]:
             file.write(
                 json.dumps({"id": problem.id, "problem": problem.problem, "answer": problem.answer})
                 + "\n"
