@@ -167,6 +167,15 @@ def test_nothing_predicts_the_first_token_of_a_segment():
     assert batch["weights"].tolist() == [[0, 1, 1, 0, 1, 1, 0, 0]]
 
 
+def test_a_token_may_have_the_paddings_id():
+    batch = collate(
+        [[make_sequence(text_prompt(2), [0, 5, 0])]], 8, 0, SETTINGS, IMAGE_ID, VIDEO_ID
+    )
+    assert batch["tokens"].tolist() == [[1, 2, 0, 5, 0, 0, 0, 0]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
+    assert batch["weights"].tolist() == [[0, 0, 1, 1, 1, 0, 0, 0]]
+
+
 def test_collation_errors():
     source = np.random.default_rng(3)
     picture = sequence(source, image_prompt(source), 4)

@@ -1,0 +1,37 @@
+"""Records on disk: a part is there whole or not at all, and a key is a pure function of what it names."""
+
+import numpy as np
+import pytest
+from etils import epath
+
+from smallmath_jax.records import draw_key, read_parts, to_json, write_part
+
+
+def test_a_part_is_published_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_part(tmp_path, "1.jsonl", [{"step": 1}])
+    path_type = type(epath.Path(tmp_path))
+    whole = path_type.write_text
+
+    def killed(path, text):
+        whole(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(path_type, "write_text", killed)
+    for name in ("1.jsonl", "2.jsonl"):  # one to be replaced, one new
+        with pytest.raises(KeyboardInterrupt):
+            write_part(tmp_path, name, [{"step": 1, "more": 2}, {"step": 2}])
+    assert list(read_parts(tmp_path)) == [{"step": 1}]
+
+
+def test_a_torn_line_is_named(tmp_path):
+    (tmp_path / "3.jsonl").write_text('{"step": 1}\n{"st')
+    with pytest.raises(ValueError, match="3.jsonl, line 2: not a JSON object"):
+        list(read_parts(tmp_path))
+    assert list(read_parts(tmp_path / "nowhere")) == []
+
+
+def test_keys_are_fixed_across_machines_and_releases():
+    assert draw_key(0, "grpo", "p", 3, 1).tolist() == [2185938975, 611766394]
+    keys = {tuple(draw_key(*parts)) for parts in ((0, 1), (1, 0), (0, "1 "), ("01",), (0, 1, 0))}
+    assert len(keys) == 5
+    assert to_json({"n": np.float32(0.5), "ids": np.arange(2)}) == '{"n": 0.5, "ids": [0, 1]}'
