@@ -32,6 +32,7 @@ def main() -> None:
         "model": out / "start",
         "seed": arguments.seed,
         "cold_start": False,
+        "prompt.system": "",
         "export": False,
         "eval.before": False,
         "eval.after": False,

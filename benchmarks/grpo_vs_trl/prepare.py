@@ -78,6 +78,7 @@ def main() -> None:
         f"--config.model={out}/random",
         f"--config.sft.data=('{out}/sft.jsonl',)",
         "--config.sft.problems=0",
+        "--config.prompt.system=",  # the chat template alone, as TRL renders it
     ]
     run += [f"--config.eval.problems=('{out}/problems.jsonl',)", "--config.eval.before=False"]
     run += ["--config.eval.limit=300", "--config.sft.steps=1200"]
