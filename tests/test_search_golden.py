@@ -6,6 +6,7 @@ from search_case import VECTORS, candidate, run_snippet, searched
 from smallmath_jax.search import interpreter, rstar
 from smallmath_jax.search.settings import rstar_settings
 from smallmath_jax.search.tree import LiveNode, backup, q_value, uct, update
+from smallmath_jax.search.vote import best_by_rollout
 
 
 def vector(name):
@@ -98,8 +99,6 @@ def test_mcts_evaluation(name):
     settings = rstar_settings(rollouts=given["iterations"], guidance="ppm", use_gold=False)
     tree = searched(policy, settings, gold=given["gt"], ppm=given["ppm"])
     check_walk(tree, expected, settings)
-    from smallmath_jax.search.vote import best_by_rollout
-
     best, metric = best_by_rollout(tree), expected["intermediate_metric"]
     assert list(best) == metric["rollout_indexs"]
     assert [ballot.answer for ballot in best.values()] == metric["answers"]
@@ -153,7 +152,7 @@ def test_state_leak():
     leaking = [interpreter.observe(code, shared).strip() for code in given]
     assert leaking == expected
     programs = [rstar.observing(code) for code in given]
-    assert "NameError" in run_snippet("", programs[1]).output
+    assert "NameError" in run_snippet("", programs[1]).stdout
 
 
 def test_history_stop():

@@ -100,11 +100,28 @@ async def finish(run: Search, body: Awaitable[str]) -> Tree:
 async def expand(run: Search, node: LiveNode) -> bool:
     """Gives a leaf its children: sample, filter, run code, grade, score, then back up. Returns whether one answers.
 
-    Nothing is attached or counted before every call has come back, so a failed call leaves the tree as it was.
+    Nothing is attached or counted before every call has come back, so a failed call leaves the tree as it was. The
+    public code then counts its previous candidates once more, and draws the same step again.
     """
-    grown = await grow(run, node, await draw(run, node, run.settings.candidates))
+    drawn = await draw(run, node, run.settings.candidates)
+    try:
+        grown = await grow(run, node, drawn)
+    except Exception:
+        if not run.settings.compat:
+            raise
+        await _count_again(run)
+        return False
     attach(run, node, grown)
     return any(child.kind == "answer" for child in grown.children)
+
+
+async def _count_again(run: Search) -> None:
+    if run.score is None:
+        return
+    again = run.live.latest
+    scores = await run.score([handle_of(run, node) for node in again])
+    for node, score in zip(again, scores, strict=True):
+        (backup if node.kind == "answer" else update)(node, float(score))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +177,7 @@ def attach(run: Search, node: LiveNode, grown: Grown) -> None:
     live.discarded += grown.discarded
     live.nodes += grown.children
     node.children = node.children + grown.children
+    live.latest = [child for child in grown.children if child.score is not None]
     for child in grown.children:
         _reward(run, child)
     if not run.settings.compat or not node.children:
@@ -198,7 +216,7 @@ async def _execute(run: Search, parent: LiveNode, children: list[LiveNode]) -> N
     program = rstar.program if run.settings.compat else steps.program
     results = await run.run_code([program(parent, child.text) for child in runs])
     for child, result in zip(runs, results, strict=True):
-        child.status, child.output, child.error = result.status, result.output, result.error
+        child.status, child.output, child.error = result.status, result.stdout, result.stderr_tail
         if run.settings.compat:
             _observe_rstar(run, parent, child, result)
             continue

@@ -94,7 +94,8 @@ async def rollout(run: Search) -> None:
             answered = await expand(run, node)
             if answered and not settings.compat:
                 break
-        node = best_child(node, settings)
+        if node.children or node.exhausted:  # else its expansion was lost (compat): again
+            node = best_child(node, settings)
     else:
         walk.append(node.tag if node else None)
     live.walks.append(walk)

@@ -151,8 +151,10 @@ def observing(code: str) -> str:
 def observation(result: Any) -> str:
     """Its observation of a step; a program that was killed is a TimeoutError to it."""
     if result.status == "ok":
-        return result.output.strip()
-    return result.error.strip() or f"TimeoutError: the program ended with status {result.status}"
+        return result.stdout.strip()
+    return (
+        result.stderr_tail.strip() or f"TimeoutError: the program ended with status {result.status}"
+    )
 
 
 def failed(observed: str) -> bool:

@@ -40,11 +40,11 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class CodeResult:
-    """What `run_code` returns of one snippet; any object with these three attributes does."""
+    """What `run_code` returns of one snippet: the three attributes of `verify.sandbox`'s Result that are read here."""
 
     status: str  # "ok", or why it failed: error, timeout, killed, ...
-    output: str = ""  # what this step printed, exact; not what the prefix printed
-    error: str = ""  # the tail of its standard error, last line "Type: message"
+    stdout: str = ""  # what this step printed, exact; not what the prefix printed
+    stderr_tail: str = ""  # the end of its standard error, last line "Type: message"
 
 
 class Step(NamedTuple):
@@ -139,7 +139,7 @@ def program(parent: LiveNode, text: str) -> tuple[str, str]:
 def shown_output(parent: LiveNode, result: Any, settings: SearchSettings) -> str:
     """What is appended after <end_of_code>: all the block printed, or the last line of the error."""
     if result.status == OK:
-        printed = "".join(step.output for step in block(parent)) + result.output
+        printed = "".join(step.output for step in block(parent)) + result.stdout
     else:
         printed = error_line(result)
     printed = _MARKS.sub("< ", clip(printed.strip(), settings.output_characters))
@@ -148,7 +148,7 @@ def shown_output(parent: LiveNode, result: Any, settings: SearchSettings) -> str
 
 def error_line(result: Any) -> str:
     """The last line of an error, or the status where there is none (a killed program writes none)."""
-    lines = [line for line in result.error.splitlines() if line.strip()]
+    lines = [line for line in result.stderr_tail.splitlines() if line.strip()]
     return lines[-1].strip() if lines else result.status
 
 

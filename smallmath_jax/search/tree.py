@@ -58,6 +58,7 @@ class LiveTree:
     dropped: int = 0  # candidates dropped beside an answer
     discarded: int = 0  # candidates dropped because their code failed
     walks: list[list[str | None]] = dataclasses.field(default_factory=list)
+    latest: list[LiveNode] = dataclasses.field(default_factory=list)  # scored last; read by compat
 
     @property
     def root(self) -> LiveNode:
@@ -145,7 +146,8 @@ def path(node: LiveNode) -> list[LiveNode]:
 
 def new_tree(handle: Any = None) -> LiveTree:
     """A tree of its root alone; `handle` is the prompt (images and all) that generation starts from."""
-    return LiveTree([LiveNode(handle=handle)])
+    root = LiveNode(handle=handle)
+    return LiveTree([root], latest=[root])
 
 
 # ---- the tree as a record
