@@ -257,3 +257,15 @@ def test_parts_go_to_the_log_as_numbers():
         "correct": 1.0,
         "masked": 0.0,
     }
+
+
+def test_a_users_function_is_tried_on_a_real_problem_first(monkeypatch):
+    module = types.ModuleType("their_rewards")
+    module.exact = lambda case: float(f">{case.problem.answer}<" in case.text)
+    module.broken = lambda case: case.no_such_field
+    monkeypatch.setitem(sys.modules, "their_rewards", module)
+    problem = Problem("p1", "2 + 2?", "4")
+    told = rewards.rehearse(RewardSettings(function="their_rewards:exact"), problem)
+    assert told.endswith("1 for a right answer in the grammar, 0 for a wrong one")
+    with pytest.raises(ValueError, match=r"(?s)their_rewards:broken.*'p1'.*no_such_field.*verdict"):
+        rewards.rehearse(RewardSettings(function="their_rewards:broken"), problem)

@@ -45,7 +45,12 @@ def run(config: Any, workdir: str) -> None:
         )  # bad input is found before any device time is spent
         tests = evaluate.load_evaluation_problems(config)
         reward = rewards.from_config(config.reward)
-        runs.say(rewards.value_table(reward))
+        told = (
+            rewards.rehearse(reward, problems[0])
+            if reward.function
+            else rewards.value_table(reward)
+        )
+        runs.say(told)
         policy = load_policy(config, mesh)
         if config.cold_start:
             policy = sft.fine_tune(policy, config, this_run.workdir / "sft", mesh, stop)

@@ -227,6 +227,27 @@ def value_table(settings: RewardSettings) -> str:
     return "\n".join(rows)
 
 
+def rehearse(settings: RewardSettings, problem: Problem) -> str:
+    """What a user's function pays on one real problem, as a line to show; found wrong here, it costs no device time.
+
+    Raises ValueError with what the function raised.
+    """
+    paid = []
+    for answer, verdict in ((problem.answer, "correct"), (problem.answer + "0", "wrong")):
+        text = f"<think>so</think><answer>{answer}</answer>"
+        case = parse_think_answer(text), 1, verdict, "eos", settings
+        try:
+            paid.append(reward(*case, problem=problem, text=text).total)
+        except Exception as error:  # the user's code: whatever it raises is told
+            raise ValueError(
+                f"reward function {settings.function!r} fails on problem {problem.id!r}: "
+                f"{type(error).__name__}: {error}; it is given one RewardCase with the fields "
+                + ", ".join(field.name for field in dataclasses.fields(RewardCase))
+            ) from error
+    name = settings.function
+    return f"reward function {name}: {paid[0]:g} for a right answer in the grammar, {paid[1]:g} for a wrong one"
+
+
 def _table_values(
     settings: RewardSettings, lengths: Sequence[int]
 ) -> dict[tuple[bool, bool], list[float]]:
