@@ -7,9 +7,9 @@ from smallmath_jax.verify.sandbox import Result, Sandbox, SandboxSettings
 # The wall limit is far away: on a busy machine a program may wait long for its CPU time.
 SMALL = SandboxSettings(
     workers=1,
-    cpu_seconds=1.0,
-    wall_seconds=60.0,
-    memory_mb=400,
+    cpu_seconds=0.4,
+    wall_seconds=90.0,
+    memory_mb=150,
     output_bytes=100_000,
     memo_entries=0,
     snapshots=3,

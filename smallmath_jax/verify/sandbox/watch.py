@@ -3,6 +3,7 @@ printed. Runs in process 1 of a jail, which may only trust what the kernel tells
 
 import contextlib
 import fcntl
+import itertools
 import os
 import resource
 import select
@@ -18,6 +19,7 @@ from smallmath_jax.verify.sandbox import linux, programs, protocol
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV, _SEND
 _CONTINUE = 1
 _REPORT_SECONDS = 5.0  # for a forker to say which process it made
+FORKS_ASKED = 100  # refusals after which a program that keeps asking for another process is ended
 
 
 class Forker(NamedTuple):
@@ -37,7 +39,7 @@ class Forker(NamedTuple):
 class End(NamedTuple):
     """How a process ended, or that it said what was waited for (`reason` "told")."""
 
-    reason: str  # exited | timeout_cpu | timeout_wall | told
+    reason: str  # exited | timeout_cpu | timeout_wall | killed (it kept asking to fork) | told
     status: int  # as from wait4
     cpu: float  # seconds
     wall: float
@@ -117,7 +119,10 @@ def _reported(forker: Forker, listener: int) -> tuple[int, bool]:
         if listener in ready:
             granted |= answer(listener, 0 if granted else forker.process)
         if forker.control.fileno() in ready:
-            data = forker.control.recv(4)
+            try:
+                data = forker.control.recv(4)
+            except OSError:
+                data = b""  # it died
             return (struct.unpack("<i", data)[0] if len(data) == 4 else 0), granted
     return 0, granted
 
@@ -141,8 +146,9 @@ def answer(listener: int, allowed: int) -> bool:
 def is_child(process: int) -> bool:
     """Whether it is a child of this process, by the kernel's word."""
     try:
-        os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except (ChildProcessError, OverflowError, ValueError):
+        if process > 0:
+            os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except (OSError, OverflowError):
         return False
     return process > 0
 
@@ -175,12 +181,13 @@ def free_memory_limit(process: int) -> None:
 def wait(
     process: int,
     listener: int,
+    start: float,
     cpu_limit: float,
     wall_limit: float,
     told: socket.socket | None = None,
 ) -> End:
-    """Waits for a child under limits (seconds) and kills it when it passes one, or until it writes to `told`."""
-    start = time.monotonic()
+    """Waits for a child under limits (seconds), the wall clock's from `start` (monotonic), and kills it when it passes
+    one; or until it writes to `told`."""
     handle = os.pidfd_open(process)
     poll = select.poll()
     poll.register(handle, select.POLLIN)
@@ -188,7 +195,7 @@ def wait(
         poll.register(listener, select.POLLIN)
     if told is not None:
         poll.register(told.fileno(), select.POLLIN)
-    used, reason = 0.0, "exited"
+    used, asked, reason = 0.0, 0, "exited"
     while True:
         # One thread: it cannot use up the rest of its CPU time before so much time has passed.
         wall = time.monotonic() - start
@@ -198,6 +205,10 @@ def wait(
             break
         if listener in ready:
             answer(listener, 0)
+            asked += 1
+            if asked > FORKS_ASKED:
+                reason = "killed"
+                break
         if told is not None and told.fileno() in ready:
             if told.recv(1, socket.MSG_PEEK):
                 reason = "told"
@@ -243,3 +254,28 @@ def holds_files(process: int) -> bool:
             )  # EBADF is what is hoped for; not being allowed to look counts as found
     os.close(handle)
     return found
+
+
+def empty_folder(folder: str) -> bool:
+    """Deletes what lies in a folder, however deep and whatever its permissions; False where that fails.
+
+    Without recursion: what lies in a folder below is moved up first. There are no links (the filter sees to it).
+    """
+    moved = itertools.count()
+    try:
+        while names := os.listdir(folder):
+            for name in names:
+                path = os.path.join(folder, name)
+                if not os.path.isdir(path):
+                    os.unlink(path)
+                    continue
+                os.chmod(path, 0o700)
+                for inner in os.listdir(path):
+                    os.chmod(os.path.join(path, inner), 0o700)
+                    os.rename(
+                        os.path.join(path, inner), os.path.join(folder, f"moved-{next(moved)}")
+                    )
+                os.rmdir(path)
+    except OSError:
+        return False
+    return True

@@ -7,7 +7,6 @@ exit status, seen by `wait4`, and the two memory files it printed to.
 import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -181,7 +180,7 @@ def _serve(worker: Worker, channel: socket.socket) -> None:
                     outcome.err,
                 )
             )
-            left -= 1
+            left = left - 1 if _emptied(worker) else 0
     channel.sendall(protocol.frame(b"B", b""))
     os._exit(0)
 
@@ -197,6 +196,8 @@ def run_job(worker: Worker, prefix: bytes, code: bytes, siblings: bool) -> Outco
             outcome = _run_sibling(worker, kept, prefix, code)
             if outcome is not None:
                 return outcome
+        if not _emptied(worker):
+            raise SystemExit("the scratch folder cannot be emptied")
     return _run_whole(worker, prefix, code)
 
 
@@ -204,14 +205,15 @@ def _run_whole(worker: Worker, prefix: bytes, code: bytes) -> Outcome:
     """A program from its first line."""
     settings, forker = worker.settings, worker.forker
     watch.write_job(forker, prefix, code)
+    start = time.monotonic()
     process, _ = watch.order(forker, programs.RUN, worker.listener)
     if process <= 0:
         raise SystemExit("the warm interpreter is gone")  # the supervisor starts another worker
-    start = time.monotonic()
     watch.set_limits(process, settings.cpu_seconds)
-    end = watch.wait(process, worker.listener, settings.cpu_seconds, settings.wall_seconds)
+    limits = settings.cpu_seconds, settings.wall_seconds
+    end = watch.wait(process, worker.listener, start, *limits)
     outcome = _outcome(worker, forker, end, start)
-    _clean(worker, forker)
+    watch.reset(forker)
     return outcome
 
 
@@ -233,11 +235,10 @@ def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes)
     watch.free_memory_limit(process)
     watch.write_job(kept, b"", code)
     os.write(kept.go, b"g")
-    end = watch.wait(
-        process, worker.listener, settings.cpu_seconds - kept.cpu, settings.wall_seconds
-    )
+    limits = settings.cpu_seconds - kept.cpu, settings.wall_seconds
+    end = watch.wait(process, worker.listener, start, *limits)
     outcome = _outcome(worker, kept, end, start)
-    _clean(worker, kept)
+    watch.reset(kept)
     if os.WIFEXITED(end.status) and os.WEXITSTATUS(end.status) == programs.NOT_A_UNIT:
         return None
     return outcome._replace(cpu=outcome.cpu + kept.cpu, wall=outcome.wall + kept.wall)
@@ -288,7 +289,7 @@ def _keep(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
     watch.set_snapshot_limits(process, settings)
     forker = forker._replace(process=process)
     limits = settings.cpu_seconds, settings.wall_seconds
-    end = watch.wait(process, worker.listener, *limits, told=forker.control)
+    end = watch.wait(process, worker.listener, start, *limits, told=forker.control)
     if end.reason == "told" and forker.control.recv(4) == b"kept":
         os.kill(process, signal.SIGSTOP)
         if not watch.holds_files(process) and not (worker.scratch and os.listdir(worker.scratch)):
@@ -304,7 +305,6 @@ def _keep(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
         if doubtful or outcome.status not in protocol.REPEATABLE:
             outcome = None
     watch.discard(forker)
-    _clean(worker, worker.forker)
     return outcome
 
 
@@ -333,17 +333,9 @@ def _outcome(worker: Worker, forker: watch.Forker, end: watch.End, start: float)
     return Outcome(status, out, err, end.cpu, end.wall, start)
 
 
-def _clean(worker: Worker, forker: watch.Forker) -> None:
-    """Nothing of a program is left for the next one."""
-    watch.reset(forker)
-    if worker.scratch and os.listdir(worker.scratch):
-        for entry in os.scandir(worker.scratch):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                os.unlink(entry.path)
-        if os.listdir(worker.scratch):
-            raise SystemExit("the scratch folder cannot be emptied")
+def _emptied(worker: Worker) -> bool:
+    """Whether the scratch folder could be emptied: nothing of a program is left for the next one."""
+    return not worker.scratch or watch.empty_folder(worker.scratch)
 
 
 _PROBE = b"""
