@@ -103,7 +103,7 @@ def policy_share(node: LiveNode) -> float:
 
 
 def best_child(node: LiveNode, settings: SearchSettings) -> LiveNode | None:
-    """The non-terminal child of highest bound, the first of equals; None when there is none.
+    """The non-terminal child of highest bound, then Q, then the first; None when there is none.
 
     A node found without one is marked exhausted here; by default `mark_exhausted` has done so before, while the public
     code spends a rollout on finding it out, once an ancestor.
@@ -113,7 +113,11 @@ def best_child(node: LiveNode, settings: SearchSettings) -> LiveNode | None:
         node.exhausted = True
         return None
     bound = lambda child: uct(child, settings.exploration, settings.unvisited, settings.prior)
-    return max(children, key=bound)
+    if settings.compat:
+        return max(children, key=bound)
+    return max(
+        children, key=lambda child: (bound(child), q_value(child))
+    )  # unvisited ones by score
 
 
 def mark_exhausted(node: LiveNode | None) -> None:
