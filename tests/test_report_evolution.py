@@ -56,6 +56,7 @@ def test_the_page_and_report_json_hold_what_the_run_wrote(tmp_path):
     shown += ["How many integers &lt;n&gt; are there?", "Vieta", "tree search + PPM", "21,812"]
     for words in shown:
         assert words in page, words
+    assert page.index(">1.5B<") < page.index(">7B<") < page.index(">72B<"), "in the order written"
     assert "<img" not in page and not re.search(r"<script|\son\w+=", page)
     files = {path.name for path in (tmp_path / "report" / "plots").iterdir()}
     assert {"rounds.png", "scaling_tokens.png", "scaling_trajectories.png", "theorems.png"} <= files

@@ -10,11 +10,27 @@ import time
 
 import pytest
 from chromium_case import chromium
+from evolution_case import evolution
 from PIL import Image
 from tree_case import HOSTILE, hostile_tree, large_tree, node
 
-from smallmath_jax.records import Tree
-from smallmath_jax.report import markup, trees
+from smallmath_jax.records import Tree, write_part, write_text
+from smallmath_jax.report import markup, pages, trees
+
+# Labels of plots that reach out of their picture, and pairs of them that meet.
+CLIPPED = """[...document.querySelectorAll('figure svg')].filter(picture => {
+    const at = picture.getBoundingClientRect();
+    return [...picture.querySelectorAll('text')].some(text => {
+        const box = text.getBoundingClientRect();
+        return box.left < at.left - 9 || box.right > at.right + 9;
+    });
+}).map(picture => picture.ariaLabel)"""
+OVERLAPPING = """[...document.querySelectorAll('figure svg')].flatMap(picture => {
+    const boxes = [...picture.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+    const meet = (p, q) => p.left + 2 < q.right && q.left + 2 < p.right && p.top + 3 < q.bottom && q.top + 3 < p.bottom;
+    return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([, q]) => meet(p, q))
+        .map(([b]) => picture.ariaLabel + ': ' + a + ' | ' + b));
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +336,40 @@ def test_index_sorts_filters_and_links(browser, tmp_path):
     browser.press("c")
     assert "no answer" in browser.value("document.getElementById('left').innerText")
     assert browser.console == []
+
+
+def test_the_run_report_fits_its_window(browser, tmp_path):
+    write_text(tmp_path / "evolution.json", json.dumps(evolution()))
+    row = {
+        "sample": 0,
+        "prompt": "long" * 90,
+        "text": HOSTILE[0] + "word" * 200,
+        "verdict": "wrong",
+    }
+    row |= {"problem_id": "p", "gold": "1", "token_ids": [1], "extra": {"decoding": "greedy"}}
+    cell = {"accuracy": 0.5, "n": 2, "ci": [0.1, 0.9], "correct": 1.0, "mean_length": 3.0}
+    subjects = {"Counting & Probability, at length": cell, "Intermediate Algebra": cell}
+    result = cell | {
+        "by_subject": subjects,
+        "by_level": {"1": cell},
+        "greedy": cell,
+        "decoding": "greedy",
+    }
+    write_text(tmp_path / "eval" / "after" / "result.json", json.dumps(result))
+    write_part(tmp_path / "eval" / "after" / "completions", "0-host0.jsonl", [row])
+    pages.write_report(tmp_path)
+    for width in (1400, 420):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 800}
+        browser.send("Emulation.setDeviceMetricsOverride", **size)
+        browser.open(tmp_path / "report" / "index.html")
+        assert browser.value("document.documentElement.scrollWidth") <= width
+        assert browser.console == [] and len(browser.requests) == 1
+        assert browser.value("typeof window.ran") == "undefined"
+        clipped = browser.value(CLIPPED)
+        assert clipped == [], "no label may leave its picture"
+        overlapping = browser.value(OVERLAPPING)
+        assert overlapping == [], "no label may meet its neighbour"
+    browser.send("Emulation.clearDeviceMetricsOverride")
 
 
 def test_a_tree_without_nodes_is_refused(tmp_path):

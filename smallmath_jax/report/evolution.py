@@ -177,7 +177,7 @@ def _by_round(
 
 
 def _grouped_table(title: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
-    categories = sorted({category for cells in tables.values() for category in cells})
+    categories = plots.categories_of(tables)
     rows = [
         [escape(name), *(_words(cells.get(category), False) for category in categories)]
         for name, cells in tables.items()

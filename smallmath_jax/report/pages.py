@@ -221,7 +221,7 @@ def hero(record: dict[str, Any]) -> str:
         cells.append(_cell(percent(before["accuracy"]), "before training"))
         cells.append(_cell(percent(after["accuracy"]), "after training", lead=True))
         cells.append(_cell(f"{gain:+.1f}", "points gained"))
-    elif "accuracy" in record:
+    elif "accuracy" in record and not record.get("rounds"):
         which = "before training; the run has not finished" if before else "accuracy"
         cells.append(_cell(percent(record["accuracy"]), which, lead=True))
     if rounds := record.get("rounds"):
@@ -338,7 +338,7 @@ def _chance_rows(name: str, decoding: str, found: dict[str, Any]) -> list[list[s
 
 
 def category_table(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
-    categories = sorted({category for found in tables.values() for category in found})
+    categories = plots.categories_of(tables)
     rows = []
     for category in categories:
         cells = [found.get(category) for found in tables.values()]
@@ -354,7 +354,7 @@ def pies_section(results: dict[str, dict[str, Any]], pictures: Pictures) -> str:
     parts = []
     for field in ("by_subject", "by_level"):
         tables = {name: result[field] for name, result in own.items() if result.get(field)}
-        categories = sorted({category for found in tables.values() for category in found})
+        categories = plots.categories_of(tables)
         if categories in ([], ["unknown"]):
             continue
         prefix = "level " if field == "by_level" else ""

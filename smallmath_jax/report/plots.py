@@ -102,7 +102,7 @@ def accuracy_bars(
 
     Short categories stand side by side, long or many ones below each other. `prefix` comes before each name.
     """
-    categories = sorted({category for table in tables.values() for category in table})
+    categories = categories_of(tables)
     names = [f"{prefix}{category}" for category in categories]
     rows = len(categories) > 7 or any(len(name) >= LONG_NAME + len(prefix) for name in names)
     # the number over a bar where there is room for it
@@ -136,6 +136,13 @@ def accuracy_bars(
         return figure
 
     return _rendered(draw, form, title)
+
+
+def categories_of(tables: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The categories of several tables: levels in their order, others as they first come."""
+    found = dict.fromkeys(category for table in tables.values() for category in table)
+    levels = all(category.isdigit() or category == "unknown" for category in found)
+    return sorted(found) if levels else list(found)
 
 
 def _bar(axes, at, thick, cell, colour, row: bool, numbered: bool) -> None:
@@ -283,7 +290,7 @@ def shares(
 ) -> bytes:
     """Shares with intervals over rounds, trajectories or tokens. `lines`: name -> (x, share, low, high), x rising.
 
-    `log`: x in powers of two or ten; `whole_steps`: a tick at each whole x.
+    `log`: x on a logarithmic scale and y as far as the lines go; `whole_steps`: a tick at each x.
     """
 
     def draw():
@@ -303,8 +310,9 @@ def shares(
         if whole_steps or len(every) <= 10:
             axes.set_xticks(every, [f"{x:,.0f}" for x in every])
             axes.set_xticks([], minor=True)
-        axes.set_ylim(0, 105)
-        axes.set_yticks(range(0, 101, 20))
+        if not log:
+            axes.set_ylim(0, 105)
+            axes.set_yticks(range(0, 101, 20))
         axes.set_xlabel(step_name)
         axes.set_ylabel("%")
         axes.grid(False, axis="x")
