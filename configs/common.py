@@ -44,6 +44,7 @@ def base(task: str, mode: str) -> ConfigDict:
             "system": "auto",  # auto: the grammar's own instruction; "": none; else this text
             "prefix": "",  # text put after the generation prompt, for example "<think>"
             "max_tokens": 64 if tiny else 1024,  # longer prompts are dropped and counted
+            "step_tokens": True,  # marks of a grammar in steps are tokens of their own; False: text
         }
     )
     config.vision = ConfigDict(

@@ -178,17 +178,27 @@ class Engine:
 
         Siblings that nobody has computed yet are computed in the same call. Raises ValueError without a value head.
         """
+        return self.scores([node])[0]
+
+    def scores(self, nodes: Sequence[int]) -> list[float]:
+        """`score` of many nodes, computed together in as few calls as they need."""
         if not self._pool.has_values:
             raise ValueError(
                 "score() needs a model with a value head; this one has none (models.value_head adds it)"
             )
-        self._check_length(node, 0)
-        if self._tree[node].value is None:
-            parent = self._tree[node].parent
-            siblings = () if parent is None else sorted(self._tree[parent].children)
-            fits = lambda one: self._tree[one].end <= self.cache_length
-            self._pool.ensure([node], [one for one in siblings if one != node and fits(one)])
-        return self._tree[node].value
+        for node in nodes:
+            self._check_length(node, 0)
+        parents = dict.fromkeys(self._tree[node].parent for node in nodes)
+        siblings = {
+            one: None
+            for parent in parents
+            if parent is not None
+            for one in sorted(self._tree[parent].children)
+            if self._tree[one].end <= self.cache_length
+        }
+        while left := [node for node in dict.fromkeys(nodes) if self._tree[node].value is None]:
+            self._pool.ensure(left, [one for one in siblings if one not in left])
+        return [self._tree[node].value for node in nodes]
 
     # ---- completions
 

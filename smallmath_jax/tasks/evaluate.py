@@ -215,12 +215,12 @@ def completion_row(
         level=problem.level,
         subject=problem.subject,
         template=problem.template,
-        images=tuple(_image_link(image) for image in problem.images),
+        images=tuple(image_link(image) for image in problem.images),
         extra=(extra or {}) | several,
     )
 
 
-def _image_link(image: str | bytes) -> str:
+def image_link(image: str | bytes) -> str:
     if isinstance(image, bytes):
         return "data:image/png;base64," + base64.b64encode(image).decode()
     return str(image)

@@ -34,6 +34,7 @@ def export_policy(
         policy.config,
         out,
         source=policy.source if policy.source else policy.tokens.tokenizer,
+        tokenizer=policy.tokens.tokenizer if policy.tokens.step_ids else None,
         dtype=None if dtype == "auto" else jnp.dtype(dtype),
         max_shard_bytes=max_shard_bytes,
     )

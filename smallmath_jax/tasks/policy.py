@@ -13,7 +13,7 @@ from flax import nnx
 from smallmath_jax.data.batches import Sequence
 from smallmath_jax.data.images import ImageSettings
 from smallmath_jax.data.prompts import GRAMMARS, attach_pixels, build_prompts
-from smallmath_jax.data.tokens import Tokens, load_tokens
+from smallmath_jax.data.tokens import Tokens, add_step_tokens, load_tokens
 from smallmath_jax.models import folders, lora, weights
 from smallmath_jax.models.config import ModelConfig, tiny_config
 from smallmath_jax.models.qwen_vl import QwenVL
@@ -24,6 +24,7 @@ from smallmath_jax.records import Problem, Prompt
 from smallmath_jax.train.checkpoint import Checkpoints
 
 Reader = TypeVar("Reader", Prompt, Sequence)
+VOCABULARY_ROWS = ("text/embed", "text/lm_head")  # [V, D]
 KEPT_PIXEL_BYTES = 2**30  # decoded pictures kept in host memory; beyond it they are read when used
 
 
@@ -55,6 +56,8 @@ def load_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
     policy = (
         _tiny_policy(config, mesh) if source == "tiny" else _folder_policy(source, config, mesh)
     )
+    if config.prompt.step_tokens:
+        policy = with_step_tokens(policy, GRAMMARS[config.prompt.grammar].marks)
     if config.init_from:
         policy = dataclasses.replace(
             policy, model=restore_run(config.init_from, policy.model, mesh)
@@ -118,6 +121,27 @@ def add_lora(model: QwenVL, config: Any, mesh: jax.sharding.Mesh) -> QwenVL:
         model, config.lora.rank, config.lora.alpha, config.lora.targets, jax.random.key(config.seed)
     )
     return jax.device_put(adapted, rules.shardings(adapted, mesh))
+
+
+def with_step_tokens(policy: Policy, marks: tuple[str, ...]) -> Policy:
+    """The policy with a token for each mark its tokenizer lacks; a new token's rows are the mean of all others.
+
+    Raises ValueError when the vocabulary has no unused rows left.
+    """
+    known = policy.tokens.tokenizer.get_vocab()
+    tokens = add_step_tokens(policy.tokens, marks) if marks else policy.tokens
+    fresh = [tokens.step_ids[mark] for mark in marks if mark not in known]
+    if not fresh:
+        return dataclasses.replace(policy, tokens=tokens)
+    used = jnp.asarray(sorted(known.values()), jnp.int32)
+
+    def filled(name: str, leaf: jax.Array) -> jax.Array:
+        if name not in VOCABULARY_ROWS:
+            return leaf
+        rows = leaf.at[jnp.asarray(fresh)].set(leaf[used].mean(0))
+        return jax.device_put(rows, leaf.sharding)
+
+    return dataclasses.replace(policy, tokens=tokens, model=map_named(filled, policy.model))
 
 
 def trainable(config: Any) -> str | None:

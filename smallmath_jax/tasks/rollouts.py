@@ -26,12 +26,12 @@ class Request:
     sampling: Sampling
 
 
-def make_engine(policy: Policy, config: Any) -> Engine:
-    """An engine with its own copy of the weights in the compute dtype."""
+def make_engine(policy: Policy, config: Any, slots: int = 0, pages: int = 0) -> Engine:
+    """An engine with its own copy of the weights in the compute dtype; `slots` and `pages` in place of the config's."""
     return Engine(
         policy.config,
         engine_weights(policy.model, config),
-        slots=config.engine.slots,
+        slots=slots or config.engine.slots,
         cache_length=config.engine.cache_length,
         prefill_chunk=config.engine.prefill_chunk,
         decode_steps=config.engine.decode_steps,
@@ -41,7 +41,7 @@ def make_engine(policy: Policy, config: Any) -> Engine:
         image_settings=policy.images,
         max_patches=config.vision.max_patches,
         compute_dtype=compute_dtype(config),
-        pages=config.engine.pages,
+        pages=pages or config.engine.pages,
     )
 
 
