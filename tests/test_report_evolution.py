@@ -6,11 +6,11 @@ import re
 
 import pytest
 from evolution_case import evolution
-from tree_case import HOSTILE
+from tree_case import HOSTILE, large_tree
 
 from smallmath_jax.records import write_part, write_text
 from smallmath_jax.report import evolution as room
-from smallmath_jax.report import pages
+from smallmath_jax.report import pages, trees
 
 TITLES = {
     "rounds": "Rounds of self-evolution",
@@ -112,8 +112,11 @@ def test_an_unfinished_or_bare_run_still_has_a_page(tmp_path, left):
         result = cell | {"by_subject": {"unknown": cell}, "greedy": cell, "decoding": "greedy"}
         result |= {} if left == "no levels" else {"by_level": {"1": cell, "unknown": cell}}
         write_text(tmp_path / "eval" / "before" / "result.json", json.dumps(result))
+    if left == "nothing":
+        trees.write_tree_index([large_tree(9)], tmp_path / "report" / "trees")
     pages.write_report(tmp_path)
     page = (tmp_path / "report" / "index.html").read_text()
+    assert ("href='trees/index.html'" in page) == (left == "nothing")
     assert ("has not finished" in page) and page.endswith("</html>")
     assert ("accuracy_by_level.png" in str(list(tmp_path.rglob("*.png")))) == (
         left == "no completions"

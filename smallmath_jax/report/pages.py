@@ -59,7 +59,8 @@ def write_report(
     """Writes WORKDIR/report/index.html, report.json and plots/*.png; returns what report.json holds.
 
     `compare`: workdirs of other runs whose evaluations are shown beside this one's. WORKDIR/evolution.json, if there,
-    has the shape that evolution.py states; its fields join report.json.
+    has the shape that evolution.py states; its fields join report.json. Search trees that trees.write_tree_index put
+    into WORKDIR/report/trees are linked.
     """
     root = epath.Path(workdir)
     evaluations = find_evaluations(root)
@@ -78,7 +79,8 @@ def write_report(
     )
     write_text(root / "report" / "report.json", json.dumps(json.loads(to_json(record)), indent=1))
     pictures = Pictures()
-    text = page(root.name, record, evaluations, training, config, pictures)
+    trees = (root / "report" / "trees" / "index.html").exists()
+    text = page(root.name, record, evaluations, training, config, pictures, trees)
     write_text(root / "report" / "index.html", text)
     pictures.write(root / "report" / "plots")
     return record
@@ -157,8 +159,9 @@ def page(
     training: dict[str, list[Row]],
     config: dict[str, Any],
     pictures: Pictures,
+    trees: bool = False,
 ) -> str:
-    """The whole report as one HTML text without outside links."""
+    """The whole report as one HTML text. `trees`: link the index of search trees that lies beside it."""
     task = config.get("config", {})
     results = {name: found["result"] for name, found in evaluations.items()}
     sections: dict[str, str] = {}
@@ -176,6 +179,8 @@ def page(
     sections = {name: text for name, text in sections.items() if text}
     anchors = {name: f"s{place}" for place, name in enumerate(sections)}
     contents = "".join(f"<a href='#{anchors[name]}'>{escape(name)}</a>" for name in sections)
+    if trees:
+        contents += "<a href='trees/index.html'>Search trees →</a>"
     body = [
         "<main><header class=top><p class=eyebrow>smallmath_jax · run report</p>",
         f"<h1>{escape(title)}</h1><ul class=facts>{_facts(task, config, record)}</ul>",
