@@ -1,6 +1,9 @@
 """GRPO's arithmetic around the update, with a trainer and an engine that only keep what they are given."""
 
 import dataclasses
+import itertools
+import pathlib
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +14,7 @@ from smallmath_jax.data.tokens import load_tokens
 from smallmath_jax.records import Problem, Prompt, draw_key
 from smallmath_jax.rollout.engine import Rollout
 from smallmath_jax.tasks import grpo, grpo_metrics
+from smallmath_jax.train import losses
 from smallmath_jax.verify import rewards
 from smallmath_jax.verify.grader import Grader
 
@@ -40,7 +44,13 @@ def row(place, sample, ids, reward, verdict="wrong", masked=False, gated=False, 
     return {
         "token_ids": ids,
         "logprobs": [-0.5] * len(ids),
-        "rewards": {"total": reward, "format": 1.0, "masked": float(masked)},
+        "rewards": {
+            "total": reward,
+            "format": 1.0,
+            "length": 0.25,
+            "correct": float(verdict == "correct"),
+            "masked": float(masked),
+        },
         "verdict": verdict,
         "stop_reason": stop,
         "sample": sample,
@@ -260,3 +270,31 @@ def test_sampling_that_the_trainer_could_not_score_is_refused(change, tmp_path):
     config.grpo.sampling.update(change)
     with pytest.raises(ValueError, match="grpo.sampling: .*leave top_p at 1"):
         grpo.load_grpo_problems(config, tmp_path)
+
+
+def documented():
+    """Names in the table of docs/metrics.md, {a,b} spelt out; those that end in "…" stand for a prefix."""
+    page = pathlib.Path(__file__).parents[1] / "docs" / "metrics.md"
+    names = set()
+    for line in page.read_text().splitlines():
+        family = ""
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("| `") else ():
+            name = family + name if name.startswith("/") else name  # "`a/mean`, `/std`"
+            family = name.rpartition("/")[0]
+            parts = [part.strip("{}").split(",") for part in re.findall(r"\{.*?\}|[^{}]+", name)]
+            names |= {"".join(chosen) for chosen in itertools.product(*parts)}
+    return names
+
+
+def test_every_metric_of_a_step_is_documented_and_every_documented_one_is_there():
+    field = np.full((1, 2), 0.5, np.float32)
+    scores = losses.TokenScores(field, field, field > 0)
+    fields = ("weights", "advantages", "sampler_log_probs", "reference_log_probs")
+    _, found = losses.grpo(scores, dict.fromkeys(fields, field), kl_beta=0.1)
+    update = dict.fromkeys((*found, "loss", "grad_norm", "param_norm", "learning_rate"), 0.0)
+    batch = grpo.group_batch(PROMPTS, ROWS, config_of())
+    seconds = dict.fromkeys(("generate", "grade", "train"), 1.0)
+    record = grpo_metrics.step_metrics(batch, update, seconds, {"recompilations": 0})
+    told = documented()
+    assert {name for name in record if not name.startswith("engine/")} - told == set()
+    assert told - set(record) == {"engine/…", "mean_token_accuracy"}  # the second is SFT's
