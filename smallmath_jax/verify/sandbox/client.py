@@ -58,6 +58,8 @@ class Sandbox:
         self._cpu_ms: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._restarts = 0
         self._room: list[asyncio.Future] = []
+        self._awaited: set[asyncio.Future] = set()
+        self._sending = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._start()
 
@@ -109,14 +111,22 @@ class Sandbox:
         loop = asyncio.get_running_loop()
         self._listen(loop)
         while len(self._flights) >= self.settings.pending:
+            self._send()
             room = loop.create_future()
             self._room.append(room)
             await room
         done: asyncio.Future[Result] = loop.create_future()
-        if not self._outbox:
-            loop.call_soon(self._send)
-        self._add(prefix, code, lambda result: done.cancelled() or done.set_result(result))
-        return await done
+        self._add(prefix, code, lambda result: done.done() or done.set_result(result))
+        if done.done():
+            return done.result()
+        if not self._sending:  # once for all that is added in this turn of the loop
+            self._sending = True
+            loop.call_soon(self._send_soon)
+        self._awaited.add(done)
+        try:
+            return await done
+        finally:
+            self._awaited.discard(done)
 
     def fileno(self) -> int:
         """A descriptor that is readable when results may be taken with `poll`."""
@@ -203,11 +213,10 @@ class Sandbox:
             self._remember(flight.key, dataclasses.replace(result, cached=True))
         for take in flight.waiting:
             take(result)
-        while self._room and len(self._flights) < self.settings.pending:
-            waiter = self._room.pop(0)
-            if not waiter.done():
-                waiter.set_result(None)
-                break
+        free = self.settings.pending - len(self._flights)
+        for room in self._room[:free]:
+            room.done() or room.set_result(None)
+        del self._room[:free]
 
     def _remember(self, key: bytes, result: Result) -> None:
         self._memo[key] = result
@@ -282,7 +291,7 @@ class Sandbox:
         loop = self._loop
         self._stop()
         if self._restarts > RESTARTS:
-            raise SandboxError(f"the supervisor died {RESTARTS} times in a row without a result")
+            self._give_up(f"the supervisor died {self._restarts} times in a row without a result")
         self._start()
         self._outbox.clear()
         for ticket, flight in self._flights.items():
@@ -290,6 +299,21 @@ class Sandbox:
         if loop is not None:
             self._listen(loop)
         self._send()
+
+    def _give_up(self, reason: str) -> None:
+        for waiter in (*self._awaited, *self._room):
+            waiter.done() or waiter.set_exception(SandboxError(reason))
+        self._room.clear()
+        raise SandboxError(reason)
+
+    def _send_soon(self) -> None:
+        self._sending = False
+        with contextlib.suppress(SandboxError):  # those who wait have been told
+            self._send()
+
+    def _hear_soon(self) -> None:
+        with contextlib.suppress(SandboxError):  # those who wait have been told
+            self._hear()
 
     def _send(self) -> None:
         if self._outbox and self._process is not None:
@@ -324,14 +348,15 @@ class Sandbox:
             if kind == b"R":
                 self._take(*protocol.unpack_result(body))
             elif kind == b"F":
-                raise SandboxError(f"the sandbox has failed: {body.decode()}")
+                self._stop()
+                self._give_up(f"the sandbox has failed: {body.decode()}")
 
     def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._process is None:
             raise SandboxError("the sandbox is closed; start another with start_sandbox")
         if self._loop is not loop:
             self._loop = loop
-            loop.add_reader(self._channel.fileno(), self._hear)
+            loop.add_reader(self._channel.fileno(), self._hear_soon)
 
 
 @contextlib.contextmanager

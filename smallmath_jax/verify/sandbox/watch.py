@@ -210,7 +210,7 @@ def wait(
                 reason = "killed"
                 break
         if told is not None and told.fileno() in ready:
-            if told.recv(1, socket.MSG_PEEK):
+            if _says_something(told):
                 reason = "told"
                 break
             poll.unregister(told.fileno())  # it is ending
@@ -227,6 +227,13 @@ def wait(
     _, status, usage = os.wait4(process, 0)
     wall = time.monotonic() - start
     return End(reason, status, usage.ru_utime + usage.ru_stime, wall)
+
+
+def _says_something(channel: socket.socket) -> bool:
+    try:
+        return bool(channel.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def cpu_time(process: int) -> float:
