@@ -145,9 +145,9 @@ def with_step_tokens(policy: Policy, marks: tuple[str, ...]) -> Policy:
 
 
 def trainable(config: Any) -> str | None:
-    """Regex of the names that train: with LoRA only its leaves, else all but `config.freeze`."""
+    """Regex of the names that train: with LoRA its leaves and a value head, else all but `config.freeze`."""
     if config.lora.rank:
-        return r".*/lora_[ab]"
+        return r".*/lora_[ab]|value_head/.*"
     return rf"(?!(?:{config.freeze})$).*" if config.freeze else None
 
 

@@ -64,8 +64,22 @@ def fine_tune(
             policy, model=restore_model(folder / "checkpoints", policy.model, mesh)
         )
     lessons, left_out = load_lessons(policy, config, folder)
+    announce(lessons[-1], left_out)
+    return learn(policy, lessons, settings, config, folder, mesh, stop)
+
+
+def learn(
+    policy: Policy,
+    lessons: list["Lessons"],
+    settings: Any,
+    config: Any,
+    folder: epath.Path,
+    mesh: jax.sharding.Mesh,
+    stop: StopSignal,
+    title: str = "sft",
+) -> Policy:
+    """The policy after `settings.steps` steps (0: `epochs` passes) on lessons: on the first of two for `worked_steps`."""
     total = settings.steps or settings.epochs * lessons[-1].plan.steps_per_epoch
-    _announce(lessons[-1], left_out, total)
     trainer = training.make_trainer(
         policy,
         config,
@@ -75,7 +89,7 @@ def fine_tune(
         total_updates=total,
         microbatches=math.ceil(settings.rows / settings.microbatch_rows),
     )
-    with stages.Stage(folder, config, trainer, total, "sft", stop) as stage:
+    with stages.Stage(folder, config, trainer, total, title, stop) as stage:
         state = stage.restore_or_start()
         seen, since, shown = 0, time.perf_counter(), {}
         for step in range(stage.first, total):
@@ -133,13 +147,14 @@ def load_lessons(
             raise ValueError(
                 f"sft.data: none of {len(problems)} problems can be trained on; left out: {left_out}"
             )
-        lessons.append(_pack_lessons(taught, policy, settings))
+        lessons.append(pack_lessons(taught, policy, settings))
     if len(taught) < len(kept):
         left_out = {**left_out, "no_solution": len(kept) - len(taught)}
     return lessons, left_out
 
 
-def _pack_lessons(taught: list[tuple[Problem, Sequence]], policy: Policy, settings: Any) -> Lessons:
+def pack_lessons(taught: list[tuple[Problem, Sequence]], policy: Policy, settings: Any) -> Lessons:
+    """Sequences, each with its problem, packed into the rows of `settings`; those longer than a row are dropped."""
     sequences = [sequence for _, sequence in taught]
     plan = plan_rows(
         [len(sequence.token_ids) for sequence in sequences],
@@ -163,14 +178,15 @@ def solution_text(problem: Problem, config: Any, terse_share: float) -> str | No
     return format_completion(problem.solution, problem.answer, GRAMMARS[config.prompt.grammar])
 
 
-def _announce(lessons: Lessons, left_out: dict[str, int], total: int) -> None:
+def announce(lessons: Lessons, left_out: dict[str, int]) -> None:
+    """Says how much there is to learn."""
     plan = lessons.plan
     if plan.dropped:
         left_out = {**left_out, "longer_than_a_row": len(plan.dropped)}
     tokens = np.sum([len(sequence.token_ids) for sequence in lessons.sequences])
     runs.say(
-        f"SFT: {len(lessons.sequences)} solutions, {tokens:,} tokens in {len(plan.rows)} rows, {total} steps"
-        + (f"; left out {left_out}" if left_out else "")
+        f"SFT: {len(lessons.sequences)} solutions, {tokens:,} tokens in {len(plan.rows)} rows, "
+        f"{plan.steps_per_epoch} steps an epoch" + (f"; left out {left_out}" if left_out else "")
     )
 
 

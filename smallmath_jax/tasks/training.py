@@ -114,8 +114,9 @@ def make_trainer(
     total_updates: int,
     microbatches: int,
     loss_settings: dict[str, Any] | None = None,
+    value_dropout: float = 0.0,
 ) -> Trainer:
-    """Compiles nothing yet: programs are built at their first call."""
+    """Compiles nothing yet: programs are built at their first call. `value_dropout` is that of value losses."""
     optimizer, schedule = make_optimizer(settings.optimizer, total_updates)
     compute = make_compute(
         policy.config, config, mesh, policy.tokens.banned_ids if loss == "grpo" else ()
@@ -129,6 +130,7 @@ def make_trainer(
         compute=compute,
         trainable=names,
         loss_settings=loss_settings,
+        value_dropout=value_dropout,
         schedule=schedule,
         state_shardings=state_shardings,
     )
