@@ -20,7 +20,8 @@ report.json, or a bare number in [0, 1] where no interval is known, or null.
                     example = {"problem_id", "problem", "gold", "answer", "prefix": [step, ...], "left": [step, ...],
                     "taken": [step, ...], "images": [...], "page": address of the tree's page}
                     step = {"tag", "text", "score"}: score the preference model's, or null
-    theorems        {"theorem": stat, "other": stat, "by_theorem": {name: stat}, "examples": [step + "theorem", ...]}
+    theorems        {"theorem": stat, "other": stat, "within": {"n", "mean"}, "by_theorem": {name: stat},
+                    "examples": [step + "theorem", ...]}
                     stat = {"n", "mean_score", "ci": [low, high], "mean_q"}
     reward_models   {policy: {"pass@1": share, "+ ORM": share, "+ PQM": share, "+ PPM": share}} (table 8, figure 5)
 """
@@ -315,5 +316,11 @@ def theorems_section(found: Mapping[str, Any], pictures: Callable[..., str]) -> 
     steps = "".join(
         _step(one, "chosen", str(one.get("theorem", ""))) for one in found.get("examples", ())
     )
+    if (found.get("within") or {}).get("n"):
+        within = found["within"]
+        drawn += (
+            f"<p>Within one tree, steps that apply a theorem score <b>{within['mean']:+.3f}</b> above the others "
+            f"(mean over {within['n']:,} trees that have both).</p>"
+        )
     examples = f"<details><summary>examples</summary><ol class=path>{steps}</ol></details>"
     return table(head, rows) + drawn + (examples if steps else "")
