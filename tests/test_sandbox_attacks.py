@@ -103,12 +103,54 @@ for folder in folders:
     attempt(folder, lambda: os.mkdir(folder + "/made"))
 attempt("a library", lambda: open(sympy.__file__, "r+"))
 attempt("truncate", lambda: os.truncate(sympy.__file__, 0))
-attempt("chmod", lambda: os.chmod(sympy.__file__, 0o777) if os.path.exists("/python") else 1 / 0)
+attempt("chmod", lambda: os.chmod(sympy.__file__, 0o777))
+attempt("times", lambda: os.utime(sympy.__file__))
+attempt("owner", lambda: os.chown(sympy.__file__, os.getuid(), os.getgid()))
+attempt("attribute", lambda: os.setxattr(sympy.__file__, "user.x", b"x"))
 attempt("unlink", lambda: os.unlink(sympy.__file__))
 attempt("rename", lambda: os.rename(sympy.__file__, sympy.__file__ + "x"))
 """,
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_own_files_outside_are_left_alone(sandbox, tmp_path):
+    """As the user the sandbox runs for, permissions and times might be changed where contents may not."""
+    mine = tmp_path / "mine"
+    mine.write_text("x")
+    os.chmod(mine, 0o600)
+    os.utime(mine, (1, 1))
+    nothing_escapes(
+        sandbox,
+        f"""
+import os
+for place in ({str(mine)!r}, {str(tmp_path)!r}):
+    attempt("chmod", lambda: os.chmod(place, 0o777))
+    attempt("utime", lambda: os.utime(place, (2, 2)))
+    attempt("truncate", lambda: os.truncate(place, 0))
+    attempt("unlink", lambda: os.unlink(place))
+    attempt("rename", lambda: os.rename(place, place + "2"))
+    attempt("chown", lambda: os.chown(place, 65534, 65534))
+""",
+    )
+    state = mine.stat()
+    assert (state.st_mode & 0o777, state.st_mtime, mine.read_text()) == (0o600, 1, "x")
+
+
+def test_spoiling_the_scratch_folder_itself_spoils_nothing(sandbox):
+    before = sandbox.counters()["restarts"]
+    spoil = """
+import os
+for action in (lambda: os.chmod("/tmp", 0), lambda: os.utime("/tmp", (1, 1)), lambda: os.rename("/tmp", "/t")):
+    try:
+        action()
+    except OSError:
+        pass
+"""
+    assert run(sandbox, spoil).status == "ok"
+    look = "import os\nif os.path.exists('/python'): open('/tmp/x', 'w').write('x'); print(os.listdir('/tmp'))"
+    assert run(sandbox, look).stdout in ("['x']\n", "")
+    assert sandbox.counters()["restarts"] == before
 
 
 def test_links_lead_nowhere(sandbox):
@@ -341,6 +383,12 @@ for name, numbers in doors.items():
     attempt(name, lambda: call(*numbers, 0, 0, 0, 0, 0))
 attempt("personality", lambda: call(135, 92, 0xFFFFFFFF))
 attempt("x32", lambda: call(0x40000000 + 39, 9999))
+libc.mmap.restype = ctypes.c_void_p
+page = libc.mmap(None, 4096, 3, 0x22, -1, 0)
+for advice in (9, 10, 12, 18, 100, 101):
+    attempt(f"madvise {advice}", lambda: call(28, 233, page, 4096, advice))
+for option in range(1, 80):
+    attempt(f"prctl {option}", lambda: call(157, 167, option, 0, 0, 0, 0))
 attempt("shared memory", lambda: __import__("mmap").mmap(-1, 4096))
 attempt("seal", lambda: __import__("fcntl").fcntl(1, 1033, 15))
 attempt("terminal", lambda: __import__("fcntl").ioctl(1, 0x5412, b"x"))

@@ -15,7 +15,6 @@ from smallmath_jax.verify.sandbox import SandboxError, client, jail, start_sandb
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICK = small(modules=())
-LAST = {"T3": "namespaces", "T2": "Landlock"}
 
 
 def processes(parent: int) -> list[int]:

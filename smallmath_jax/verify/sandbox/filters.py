@@ -16,14 +16,13 @@ _ALLOWED = {
     "lstat": (6, -1), "poll": (7, -1), "lseek": (8, 62), "mprotect": (10, 226), "munmap": (11, 215),
     "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139),
     "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66), "access": (21, -1),
-    "select": (23, -1), "sched_yield": (24, 124), "mremap": (25, 216), "madvise": (28, 233), "dup": (32, 23),
+    "select": (23, -1), "sched_yield": (24, 124), "mremap": (25, 216), "dup": (32, 23),
     "dup2": (33, -1), "pause": (34, -1), "nanosleep": (35, 101), "getitimer": (36, 102), "alarm": (37, -1),
     "setitimer": (38, 103), "getpid": (39, 172), "sendmsg": (46, 211), "recvmsg": (47, 212),
     "exit": (60, 93), "wait4": (61, 260),
-    "uname": (63, 160), "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83), "truncate": (76, 45),
+    "uname": (63, 160), "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83),
     "ftruncate": (77, 46), "getdents": (78, -1), "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50),
-    "rename": (82, -1), "mkdir": (83, -1), "rmdir": (84, -1), "unlink": (87, -1), "readlink": (89, -1),
-    "chmod": (90, -1), "fchmod": (91, 52), "umask": (95, 166), "gettimeofday": (96, 169),
+    "readlink": (89, -1), "umask": (95, 166), "gettimeofday": (96, 169),
     "getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153), "getuid": (102, 174),
     "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177), "getppid": (110, 173),
     "getpgrp": (111, -1), "getgroups": (115, 158), "getresuid": (118, 148), "getresgid": (120, 150),
@@ -31,15 +30,24 @@ _ALLOWED = {
     "time": (201, -1), "sched_getaffinity": (204, 123), "getdents64": (217, 61),
     "restart_syscall": (219, 128), "clock_gettime": (228, 113), "clock_getres": (229, 114),
     "clock_nanosleep": (230, 115), "exit_group": (231, 94), "waitid": (247, 95), "openat": (257, 56),
-    "mkdirat": (258, 34), "newfstatat": (262, 79), "unlinkat": (263, 35), "renameat": (264, 38),
-    "readlinkat": (267, 78), "fchmodat": (268, 53), "faccessat": (269, 48), "pselect6": (270, 72),
-    "ppoll": (271, 73), "set_robust_list": (273, 99), "utimensat": (280, 88), "dup3": (292, 24),
-    "preadv": (295, 69), "pwritev": (296, 70), "getcpu": (309, 168), "renameat2": (316, 276),
+    "newfstatat": (262, 79),
+    "readlinkat": (267, 78), "faccessat": (269, 48), "pselect6": (270, 72),
+    "ppoll": (271, 73), "set_robust_list": (273, 99), "dup3": (292, 24),
+    "preadv": (295, 69), "pwritev": (296, 70), "getcpu": (309, 168),
     "getrandom": (318, 278), "statx": (332, 291), "rseq": (334, 293), "close_range": (436, 436),
     "faccessat2": (439, 439),
 }  # fmt: skip
+# Only where there is a scratch folder: Landlock leaves permissions and times of the user's own files open to anyone.
+_WRITING = {
+    "truncate": (76, 45), "rename": (82, -1), "mkdir": (83, -1), "rmdir": (84, -1), "unlink": (87, -1),
+    "chmod": (90, -1), "fchmod": (91, 52), "mkdirat": (258, 34), "unlinkat": (263, 35), "renameat": (264, 38),
+    "fchmodat": (268, 53), "utimensat": (280, 88), "renameat2": (316, 276),
+}  # fmt: skip
 _MMAP, _IOCTL, _FCNTL, _FUTEX, _PRLIMIT = (9, 222), (16, 29), (72, 25), (202, 98), (302, 261)
-_PRCTL = (157, 167)  # only to ask for a signal when the parent dies
+_PRCTL = (157, 167)  # only to ask to be killed when the parent dies
+_MADVISE = (28, 233)
+# Reading ahead, giving back, huge pages; no merging with pages of others.
+_ADVICE = (0, 1, 2, 3, 4, 8, 14, 15)
 
 # Terminals: only asking whether this is one; descriptors: only duplicates and close-on-exec. (F_SETOWN and
 # F_SETSIG would send signals to other processes, F_ADD_SEALS would spoil a file for those who use it next.)
@@ -86,15 +94,19 @@ def _when(number: int, steps: bytes) -> bytes:
     return _step(_EQUAL, number, 0, len(steps) // 8) + steps
 
 
-def program(notify: bool) -> bytes:
-    """The filter's instructions (8 bytes each). `notify`: a plain fork asks the listener instead of failing."""
+def program(notify: bool, writing: bool) -> bytes:
+    """The filter's instructions (8 bytes each).
+
+    `notify`: a plain fork asks the listener instead of failing. `writing`: files may be made, changed and deleted,
+    where mounts and Landlock allow it.
+    """
     parts = [
         _step(_LOAD, 4),
         _step(_EQUAL, linux.AUDIT_ARCH, 1, 0),
         _finish(_KILL),
         _step(_LOAD, 0),
     ]
-    for pair in _ALLOWED.values():
+    for pair in (*_ALLOWED.values(), *(_WRITING.values() if writing else ())):
         if linux.column(pair) >= 0:
             parts.append(_when(linux.column(pair), _finish(_ALLOW)))
     # A private mapping only: a shared one would tie a prefix's siblings together.
@@ -103,7 +115,19 @@ def program(notify: bool) -> bytes:
     parts.append(_when(linux.column(_FCNTL), _only_values(1, _FCNTLS)))
     parts.append(_when(linux.column(_FUTEX), _only_values(1, _FUTEXES, 127)))
     parts.append(_when(linux.column(_PRLIMIT), _only_null((0, 2))))
-    parts.append(_when(linux.column(_PRCTL), _only_values(0, (linux.PR_SET_PDEATHSIG,))))
+    parts.append(_when(linux.column(_MADVISE), _only_values(2, _ADVICE)))
+    kill_asked = (
+        _argument(0),
+        _step(_EQUAL, linux.PR_SET_PDEATHSIG, 0, 3),
+        _argument(1),
+        _step(_EQUAL, 9, 0, 1),
+    )
+    parts.append(
+        _when(
+            linux.column(_PRCTL),
+            b"".join((*kill_asked, _finish(_ALLOW), _finish(_ERRNO | _EPERM))),
+        )
+    )
     parts.append(_when(linux.number("clone3"), _finish(_ERRNO | _ENOSYS)))
     if notify:
         parts.append(_when(linux.number("clone"), _finish(_NOTIFY)))

@@ -33,6 +33,8 @@ RUN, KEEP = b"r", b"k"
 LENGTHS = struct.Struct("<II")  # a job: lengths of prefix and code, then both
 _FUTURE = 0x1FF0000  # compiler flags a `from __future__` sets, to be carried from prefix to code
 
+_exit = os._exit  # programs may replace the other name
+
 _WARM_UP = """
 import sympy as sp, numpy as np, math, fractions, itertools, collections, statistics, mpmath
 x, y, n = sp.symbols("x y n")
@@ -79,7 +81,7 @@ def settle() -> None:
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     sys.__stdin__ = sys.stdin
-    sys.argv = ["program.py"]
+    sys.argv = sys.orig_argv = ["program.py"]
     for number in (signal.SIGXFSZ, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     atexit._clear()
@@ -96,7 +98,6 @@ def collapse_heap() -> int:
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size, collapse = 1 << 21, 25
     blocks = {id(thing) // size for thing in gc.get_objects()}
-    blocks |= {id(thing) // size for thing in sys.modules.values()}
     return sum(libc.madvise(block * size, size, collapse) == 0 for block in blocks)
 
 
@@ -147,7 +148,7 @@ def serve(kept: Kept | None, before_program: Callable[[], None]) -> None:
     while True:
         order = os.read(CONTROL, 1)
         if not order:
-            os._exit(0)
+            _exit(0)
         own = _receive_descriptors() if order == KEEP else []
         process = linux.fork_aside()
         if process == 0:
@@ -155,6 +156,8 @@ def serve(kept: Kept | None, before_program: Callable[[], None]) -> None:
             if order == KEEP:
                 _keep(own, before_program)
             _run(kept)
+            while True:  # not reached, whatever the program has replaced
+                _exit(1)
         for number in own:
             os.close(number)
         os.write(CONTROL, struct.pack("<i", process))
@@ -181,7 +184,7 @@ def _run(kept: Kept | None) -> None:
     if kept is not None:
         unit = compile_unit(code, "<code>", kept.flags)
         if isinstance(unit, BaseException):
-            os._exit(NOT_A_UNIT)
+            _exit(NOT_A_UNIT)
     else:
         first, unit = compile_units(prefix, code)
         if first is not None:
@@ -207,7 +210,7 @@ def _keep(own: list[int], before_program: Callable[[], None]) -> None:
     prefix, _ = _read_job()
     unit = compile_unit(prefix, "<prefix>", 0)
     if isinstance(unit, BaseException):
-        os._exit(NOT_A_UNIT)
+        _exit(NOT_A_UNIT)
     main = fresh_module()
     execute(unit, main)
     turn_to_code()
@@ -315,4 +318,5 @@ def leave(status: int) -> None:
         fine = flush()
     except BaseException:
         fine = False
-    os._exit(status if fine or status else 1)
+    while True:
+        _exit(status if fine or status else 1)

@@ -270,6 +270,7 @@ def empty_folder(folder: str) -> bool:
     """
     moved = itertools.count()
     try:
+        os.chmod(folder, 0o700)
         while names := os.listdir(folder):
             for name in names:
                 path = os.path.join(folder, name)

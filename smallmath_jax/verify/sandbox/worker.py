@@ -144,11 +144,11 @@ def _be_forker(
     if tier != "T1":
         jail.restrict_signals()
         try:
-            sent = [filters.install(filters.program(notify=True), listener=True)]
+            sent = [filters.install(filters.program(True, writing=tier == "T3"), listener=True)]
         except (
             OSError
         ):  # before Linux 5.5, or another listener above us: every fork takes the filter itself
-            instructions = filters.program(notify=False)
+            instructions = filters.program(False, writing=tier == "T3")
             first = each
             each = lambda: (first(), filters.install(instructions))
     socket.send_fds(control, [_READY + json.dumps(found).encode()], sent)
