@@ -45,7 +45,7 @@ def get_config(mode=None):
     )
     grpo.row_length = 128 if tiny else 3072
     grpo.row_patches = 32 if tiny else 4096
-    grpo.microbatch_rows = 16 if tiny else 16
+    grpo.microbatch_rows = 16 if tiny else 8  # at least; a multiple of the chips they are cut over
     grpo.optimizer = common.optimizer(
         1e-4 if tiny else 1e-6, schedule="constant", warmup_steps=5 if tiny else 10
     )

@@ -1,6 +1,7 @@
 """Compiling for an absent TPU: the machines' names, what a report says, the command's exit codes."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from smallmath_jax.parallel import compile as aot
 from smallmath_jax.parallel import topologies
 from smallmath_jax.parallel.compile import Program, compile_program
 from smallmath_jax.parallel.mesh import make_mesh, platform_of
+from smallmath_jax.tasks import training
 
 GIB = 2**30
 
@@ -156,3 +159,13 @@ def test_sizes_of_uncut_leaves_are_whole():
     mesh = make_mesh(devices=jax.devices()[:1])
     leaf = matrix(mesh, 1024, 1024, spec=(None, None), dtype=np.float32)
     assert aot.gib_per_chip({"a": leaf, "b": leaf}) == 2 * 4 / 1024
+
+
+def test_rows_of_a_microbatch_fit_any_machine():
+    """A multiple of the shards rows are cut into, at least what the config says; the config itself stays."""
+    settings = ConfigDict({"microbatch_rows": 6})
+    mesh = lambda data, fsdp: SimpleNamespace(shape={"data": data, "fsdp": fsdp, "model": 2})
+    sizes = [(1, 1), (1, 4), (2, 3), (8, 2)]
+    found = [training.fit_rows(settings, mesh(*size)).microbatch_rows for size in sizes]
+    assert found == [6, 8, 6, 16]
+    assert settings.microbatch_rows == 6

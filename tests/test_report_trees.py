@@ -32,6 +32,8 @@ OVERLAPPING = """[...document.querySelectorAll('figure svg')].flatMap(picture =>
         .map(([b]) => picture.ariaLabel + ': ' + a + ' | ' + b));
 })"""
 
+pytestmark = pytest.mark.browser
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):

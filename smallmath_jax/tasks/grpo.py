@@ -147,7 +147,7 @@ def improve(
 def make_grpo_trainer(
     policy: Policy, prompts: list[Prompt], config: Any, mesh: jax.sharding.Mesh
 ) -> training.Trainer:
-    settings = config.grpo
+    settings = training.fit_rows(config.grpo, mesh)
     longest = max(len(prompt.token_ids) for prompt in prompts) + settings.sampling.max_tokens
     per_update = -(-settings.prompts // settings.updates) * settings.group_size
     return training.make_trainer(

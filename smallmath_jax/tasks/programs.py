@@ -24,7 +24,7 @@ from smallmath_jax.parallel.published import PUBLISHED
 from smallmath_jax.parallel.topologies import Topology
 from smallmath_jax.rollout import programs as engine
 from smallmath_jax.tasks.policy import compute_dtype, trainable
-from smallmath_jax.tasks.training import make_compute, microbatches_for
+from smallmath_jax.tasks.training import fit_rows, make_compute, microbatches_for
 from smallmath_jax.train.optim import make_optimizer
 from smallmath_jax.train.programs import abstract_state, train_step_program
 
@@ -71,6 +71,7 @@ def _train_program(
     config: Any, settings: Any, loss: str, model: ModelConfig, mesh: Mesh, held: dict[str, float]
 ) -> Program:
     """The train step at the config's full batch."""
+    settings = fit_rows(settings, mesh)
     rows = settings.microbatch_rows
     if loss == "sft":
         microbatches, loss_settings = -(-settings.rows // rows), {}

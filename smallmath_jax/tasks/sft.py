@@ -78,7 +78,8 @@ def learn(
     stop: StopSignal,
     title: str = "sft",
 ) -> Policy:
-    """The policy after `settings.steps` steps (0: `epochs` passes) on lessons: on the first of two for `worked_steps`."""
+    """The policy after `settings.steps` steps on lessons (0: `epochs` passes); of two, the first for `worked_steps`."""
+    settings = training.fit_rows(settings, mesh)
     total = settings.steps or settings.epochs * lessons[-1].plan.steps_per_epoch
     trainer = training.make_trainer(
         policy,

@@ -1,5 +1,6 @@
 """Sequences in, updates out: packing into fixed shapes, the compiled step, checkpoints. Shared by SFT and GRPO."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from smallmath_jax.data.batches import Sequence, collate, pack
 from smallmath_jax.models.config import ModelConfig
 from smallmath_jax.models.qwen_vl import QwenVL
 from smallmath_jax.parallel import hosts, rules
+from smallmath_jax.parallel.mesh import batch_shards
 from smallmath_jax.parallel.splash import attention_for
 from smallmath_jax.tasks.policy import Policy, compute_dtype, trainable
 from smallmath_jax.train import step as steps
@@ -150,6 +152,16 @@ def make_trainer(
         jax.jit(make_state, out_shardings=state_shardings),
         state_shardings,
     )
+
+
+def fit_rows(settings: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A copy of a stage's settings whose microbatch_rows are a multiple of the shards that rows are cut into.
+
+    The gradient does not depend on it (law 1), so one config serves machines of every size.
+    """
+    fitted, shards = copy.deepcopy(settings), batch_shards(mesh)
+    fitted.microbatch_rows = -(-settings.microbatch_rows // shards) * shards
+    return fitted
 
 
 def make_compute(
