@@ -93,6 +93,33 @@ def fresh(code: str, times: int) -> float:
     return min(seconds)
 
 
+_BARE = """
+import os, resource, sys, types
+from smallmath_jax.verify.sandbox import programs
+programs.warm(("sympy", "numpy", "scipy", "mpmath"))
+sys.stdout = open(os.devnull, "w")
+def cpu():
+    usages = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+codes, before = eval(sys.argv[1]), cpu()
+for code in codes:
+    process = os.fork()
+    if process == 0:
+        exec(code, {"__name__": "__main__"})
+        os._exit(0)
+    os.waitpid(process, 0)
+print((cpu() - before) / len(codes), file=sys.stderr)
+"""
+
+
+def bare_fork(codes: list[str]) -> float:
+    """CPU seconds a program costs in a plain `os.fork` of an interpreter as warm, without isolation."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BARE, repr(codes)], check=True, capture_output=True
+    )
+    return float(done.stderr.split()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--programs", type=int, default=200)
@@ -111,7 +138,7 @@ def main() -> None:
         print(f"{'programs':<22}{heads}")
         rates = {}
         for name, make in KINDS.items():
-            measure(sandbox, [make(-n - 2) for n in range(5)])
+            measure(sandbox, [make(count + n) for n in range(5)])
             spent, own, wall, each = measure(sandbox, [make(n) for n in range(count)])
             rates[name] = count / (spent + own)
             line = f"{rates[name]:>15.0f}{1000 / rates[name]:>9.2f}{1000 * own / count:>12.2f}"
@@ -120,6 +147,10 @@ def main() -> None:
             seconds = fresh(code, 3)
             line = f"{1 / seconds:>15.1f}{1000 * seconds:>9.0f}"
             print(f"{'fresh: ' + name:<22}{line}  the sandbox: {rates[name] * seconds:.0f} x")
+    for name in FRESH:
+        seconds = bare_fork([KINDS[name](n)[1] for n in range(count)])
+        line = f"{1 / seconds:>15.0f}{1000 * seconds:>9.2f}"
+        print(f"{'bare fork: ' + name:<22}{line}  the sandbox: {rates[name] * seconds:.2f} x")
     with start_sandbox(
         SandboxSettings(workers=options.workers, tier=options.tier, memo_entries=0, snapshots=0)
     ) as whole:

@@ -44,6 +44,8 @@ def sandbox(request):
 def still_sound(request):
     """After every attack the next program runs and is right."""
     yield
+    if "sandbox" not in request.fixturenames:
+        return
     sandbox = request.getfixturevalue("sandbox")
     prefix, code = "import sympy\nx = sympy.Symbol('x')", "print(sympy.factor(x**2 - 1), 6 * 7)"
     for result in run_all(sandbox, code, code + "\n", prefix=prefix):
