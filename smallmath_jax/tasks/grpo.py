@@ -214,10 +214,9 @@ def grade_group(
     parts = []
     for text, rollout, verdict in zip(texts, group, graded, strict=True):
         parsed = rewards.parse_think_answer(text, prompt.prefix)
+        counted = rewards.counted_text(parsed, text, prompt.prefix, reward)
         think = (
-            policy.tokens.tokenizer.encode(parsed.think, add_special_tokens=False)
-            if parsed.think
-            else ()
+            policy.tokens.tokenizer.encode(counted, add_special_tokens=False) if counted else ()
         )
         parts.append(
             rewards.reward(

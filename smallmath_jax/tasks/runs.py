@@ -15,9 +15,13 @@ from etils import epath
 
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import to_json, write_text
+from smallmath_jax.tasks.checks import check
 
 # Fields that may change between two starts of one run: they decide how it runs, not what it computes.
 FREE_FIELDS = ("log", "checkpoint", "compare")
+
+# What a start leaves behind once it has computed something.
+RESULTS = ("sft", "metrics", "checkpoints", "completions", "eval", "trees", "pairs", "done.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ def open_run(config: Any, workdir: str) -> Iterator[Run]:
 
     Raises ValueError naming the first field that differs.
     """
+    check(config)
     prepare_process()
     root = epath.Path(workdir)
     resolved = json.loads(to_json(config.to_dict()))
@@ -63,8 +68,8 @@ def prepare_process() -> None:
 
 def _check_same_config(root: epath.Path, resolved: dict[str, Any]) -> float:
     path = root / "config.json"
-    if not path.exists():
-        return 0.0
+    if not path.exists() or not any((root / name).exists() for name in RESULTS):
+        return 0.0  # nothing has come of an earlier start: its settings bind nobody
     before = json.loads(path.read_text())
     difference = first_difference(before["config"], resolved)
     if difference:

@@ -219,8 +219,9 @@ class Parts:
     def __exit__(self, *_: Any) -> None:
         self._publish()
 
-    def add(self, row: Any) -> None:
-        self._rows.append(row)
+    def add(self, *rows: Any) -> None:
+        """Rows that stand in one part, for example those of one problem."""
+        self._rows += rows
         if len(self._rows) >= PART_TREES:
             self._publish()
 

@@ -1,0 +1,318 @@
+"""Self-evolution (rStar-Math, section 3.4): four rounds of search, selection, fine-tuning and preference modelling.
+
+    WORKDIR/bootstrap/                                  the first policy, where it is fine-tuned here
+    WORKDIR/round_0/evaluate/                           what it can do
+    WORKDIR/round_K/{search,select,sft,ppm,evaluate}/   round K; each folder has a done.json when it is finished
+    WORKDIR/evolution.json, report/                     what the report shows of the rounds
+
+One command runs it all or continues it. Round K searches with the policy and preference model of round K - 1, trains
+both anew on what it found, and measures them.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from smallmath_jax.data.batches import make_sequence
+from smallmath_jax.data.tiny import tiny_problems
+from smallmath_jax.data.tiny_noise import noisy_solution
+from smallmath_jax.data.tokens import completion_ids
+from smallmath_jax.parallel import hosts
+from smallmath_jax.records import Problem, read_parts, to_json, write_text
+from smallmath_jax.report import insights, pages
+from smallmath_jax.report.trees import write_tree_index
+from smallmath_jax.tasks import evaluate, evolve_measures, export, ppm, runs, sft, stages
+from smallmath_jax.tasks.driver import open_host
+from smallmath_jax.tasks.evolve_stages import (
+    Bench,
+    evaluate_stage,
+    lessons_of,
+    manifest,
+    search_stage,
+    select_stage,
+)
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, restore_model
+from smallmath_jax.tasks.search import read_trees
+from smallmath_jax.tasks.sources import training_problems
+from smallmath_jax.train.loop import StopSignal
+
+SHOWN_TREES = 200  # of the last round's search, as pages
+
+
+def run(config: Any, workdir: str) -> None:
+    """All rounds, or those that are left."""
+    check(config)
+    with (
+        open_host(config.sandbox.to_dict()) as host,
+        runs.open_run(config, workdir) as this_run,
+        StopSignal() as stop,
+    ):
+        mesh = make_mesh(config)
+        tests = evaluate.load_evaluation_problems(config)
+        pool = load_pool(config, this_run.workdir)
+        bench = Bench(config, this_run.workdir, mesh, host, stop, tests)
+        base = load_policy(config, mesh)
+        policy, judge = bootstrap(bench, base), None
+        tell(bench, 0, evaluate_stage(bench, 0, policy, None, final=False))
+        for number in range(1, config.evolve.rounds + 1):
+            policy, judge = one_round(bench, number, base, policy, judge, pool)
+            write_evolution(bench, number)
+            pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
+        if config.export:
+            export.export_policy(policy, this_run.workdir / "export")
+            export.export_policy(judge, this_run.workdir / "export_ppm")
+        runs.say(f"done in {this_run.wall_s():.0f} s; report: {workdir}/report/index.html")
+
+
+def check(config: Any) -> None:
+    """Raises ValueError for rounds that are not all described, before anything is loaded."""
+    evolve = config.evolve
+    for name in ("rollouts", "candidates", "guidance"):
+        if len(getattr(evolve, name)) < evolve.rounds:
+            raise ValueError(
+                f"evolve.{name} has {len(getattr(evolve, name))} entries for {evolve.rounds} rounds; give one a round"
+            )
+    if evolve.guidance[0] == "ppm":
+        raise ValueError("evolve.guidance: the first round has no preference model, use 'terminal'")
+    if evolve.start not in ("previous", "base"):
+        raise ValueError(f"evolve.start={evolve.start!r}: known are 'previous', 'base'")
+
+
+def load_pool(config: Any, folder: Any) -> list[Problem]:
+    """The problems the rounds search; embedded ones without those that the bootstrap policy learnt from."""
+    limit = config.limit
+    taught: set[str] = set()
+    if config.bootstrap.solutions:
+        taught = {problem.id for problem in bootstrap_problems(config)}
+        limit = limit or 2 * config.evolve.rounds * (config.evolve.per_round or 500)
+    pool = training_problems(config.problems, limit, config, folder)
+    return [problem for problem in pool if problem.id not in taught]
+
+
+def bootstrap_problems(config: Any) -> list[Problem]:
+    settings = config.bootstrap
+    return tiny_problems("train", settings.solutions, settings.problems_seed + config.seed)
+
+
+def bootstrap(bench: Bench, base: Policy) -> Policy:
+    """The first round's policy: `base` itself, or, for a tiny one, fine-tuned on noisy solutions."""
+    config, folder = bench.config, bench.root / "bootstrap"
+    settings = config.bootstrap
+    if not settings.solutions:
+        return base
+    if stages.is_done(folder):
+        model = restore_model(folder / "checkpoints", base.model, bench.mesh)
+        return dataclasses.replace(base, model=model)
+    kept, prompts, _ = prompts_for(bootstrap_problems(config), base, config)
+    taught, wrong = [], 0
+    for problem, prompt in zip(kept, prompts, strict=True):
+        text, spoilt = noisy_solution(problem, settings.noise, config.seed)
+        taught.append((problem, make_sequence(prompt, completion_ids(text, base.tokens))))
+        wrong += spoilt
+    runs.say(
+        f"bootstrap: {len(taught)} solutions, {wrong} of them wrong ({wrong / len(taught):.0%}); "
+        "the rounds see none of them"
+    )
+    lessons = sft.pack_lessons(taught, base, settings)
+    return sft.learn(
+        base, [lessons], settings, config, folder, bench.mesh, bench.stop, title="bootstrap"
+    )
+
+
+def one_round(
+    bench: Bench,
+    number: int,
+    base: Policy,
+    policy: Policy,
+    judge: Policy | None,
+    pool: Sequence[Problem],
+) -> tuple[Policy, Policy]:
+    """The policy and preference model of a round, given those of the round before."""
+    config = bench.config
+    problems = round_problems(bench, number, pool)
+    search_stage(bench, number, policy, judge, problems)
+    found = select_stage(bench, number, problems)
+    runs.say(
+        f"round {number}: solved {len(found['solved_ids'])} of {found['problems']}, {found['lucky']} of "
+        f"{found['right_answers']} right answers by luck, {found['sft_examples']} trajectories, "
+        f"{found['pairs_kept']} pairs"
+    )
+    policy = fine_tune(bench, number, base if config.evolve.start == "base" else policy, pool)
+    judge = train_judge(bench, number, policy, pool)
+    final = number == config.evolve.rounds
+    tell(bench, number, evaluate_stage(bench, number, policy, judge, final))
+    return policy, judge
+
+
+def round_problems(bench: Bench, number: int, pool: Sequence[Problem]) -> list[Problem]:
+    """All of the pool, or `per_round` of it: up to a share that earlier rounds left unsolved, the rest new."""
+    size = bench.config.evolve.per_round
+    if not size:
+        return list(pool)
+    before = [manifest(bench.round_folder(k) / "select") for k in range(1, number)]
+    asked = {name for found in before for name in found["asked_ids"]}
+    solved = {name for found in before for name in found["solved_ids"]}
+    old = [problem for problem in pool if problem.id in asked - solved]
+    old = old[-int(size * bench.config.evolve.old_share) :] if old else []
+    new = [problem for problem in pool if problem.id not in asked]
+    return old + new[: size - len(old)]
+
+
+def fine_tune(bench: Bench, number: int, start: Policy, pool: Sequence[Problem]) -> Policy:
+    """`start` after fine-tuning on every round's trajectories so far; of a problem those of its last solved search."""
+    config, folder = bench.config, bench.round_folder(number) / "sft"
+    if stages.is_done(folder):
+        model = restore_model(folder / "checkpoints", start.model, bench.mesh)
+        return dataclasses.replace(start, model=model)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for k in range(1, number + 1):
+        fresh: dict[str, list[dict[str, Any]]] = {}
+        for row in read_parts(bench.round_folder(k) / "select" / "sft"):
+            fresh.setdefault(row["problem_id"], []).append(row)
+        rows |= fresh
+    problems = {problem.id: problem for problem in pool}
+    flat = [row for found in rows.values() for row in found]
+    taught = lessons_of(flat, problems, start, config)
+    if not taught:
+        raise ValueError(
+            f"round {number}: no problem was solved, so there is nothing to fine-tune on; "
+            "search more problems (evolve.per_round) or start from a better policy"
+        )
+    lessons = sft.pack_lessons(taught, start, config.sft)
+    sft.announce(lessons, {})
+    title = f"round {number} sft"
+    return sft.learn(
+        start, [lessons], config.sft, config, folder, bench.mesh, bench.stop, title=title
+    )
+
+
+def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Problem]) -> Policy:
+    """The preference model of a round: the round's policy with a value head, on the pairs of the last rounds."""
+    config, folder = bench.config, bench.round_folder(number) / "ppm"
+    first = max(1, number + 1 - config.evolve.pair_rounds) if config.evolve.pair_rounds else 1
+    rounds = [bench.round_folder(k) for k in range(first, number + 1)]
+    pairs, examples = [], []
+    if not stages.is_done(folder):
+        pairs = [pair for one in rounds for pair in ppm.read_pairs(one / "select" / "pairs")]
+        if config.ppm.loss != "ppm":
+            trees = [tree for one in rounds for tree in read_trees([one / "search" / "trees"])]
+            examples = ppm.examples_of(trees, config.ppm.loss)
+    needed = {pair.problem_id for pair in pairs} | {one.problem_id for one in examples}
+    problems = [problem for problem in pool if problem.id in needed]
+    title = f"round {number} {config.ppm.loss}"
+    return ppm.train_judge(
+        policy, problems, pairs, examples, config, folder, bench.mesh, bench.stop, title=title
+    )
+
+
+# ---- what is told
+
+
+def tell(bench: Bench, number: int, found: dict[str, Any]) -> None:
+    """One line about an evaluation."""
+    at_n = {name: f"{one['accuracy']:.1%}" for name, one in found["at_n"].items()}
+    name = "bootstrap" if number == 0 else f"round {number}"
+    searched = found.get("search_accuracy")
+    runs.say(
+        f"{name}: pass@1 {found['sampled']['accuracy']:.1%} sampled, {found['greedy']['accuracy']:.1%} greedy, of "
+        f"{found['greedy']['n']}; of {bench.config.eval.samples} samples: {at_n}, coverage "
+        f"{found['coverage']['accuracy']:.1%}"
+        + (f"; search {searched['accuracy']:.1%} of {searched['n']}" if searched else "")
+    )
+
+
+def write_evolution(bench: Bench, last: int) -> None:
+    """WORKDIR/evolution.json of the rounds so far, in the form that report.evolution states; tree pages of the last."""
+    if hosts.host_index() != 0:
+        return
+    root = bench.root
+    record: dict[str, Any] = {"rounds": [round_row(bench, number) for number in range(last + 1)]}
+    found = manifest(bench.round_folder(last) / "evaluate")
+    if "scaling" in found:
+        record["scaling"] = found["scaling"]
+    record["reward_models"] = {
+        ("base" if number == 0 else f"round {number}"): reward_row(bench, number)
+        for number in range(last + 1)
+    }
+    folders = [bench.round_folder(k) / "evaluate" / "trees" for k in range(1, last + 1)]
+    trees = [tree for folder in folders for tree in read_trees([folder])]
+    record["backtracking"] = insights.backtracking(trees)
+    record["theorems"] = insights.theorem_scores(trees)
+    write_text(root / "evolution.json", json.dumps(json.loads(to_json(record)), indent=1))
+    shown = read_trees([bench.round_folder(last) / "search" / "trees"])[:SHOWN_TREES]
+    write_tree_index(shown, root / "tree_pages", title=f"Search trees of round {last}")
+
+
+def round_row(bench: Bench, number: int) -> dict[str, Any]:
+    """A round as a column of the report's table."""
+    config, folder = bench.config, bench.round_folder(number)
+    found = manifest(folder / "evaluate")
+    count = config.eval.samples
+    row: dict[str, Any] = {"round": number, "accuracy": found[config.eval.headline]}
+    row |= {"greedy": found["greedy"]["accuracy"], "sampled": found["sampled"]["accuracy"]}
+    row |= {f"{name} ({count})": one["accuracy"] for name, one in found["at_n"].items()}
+    row[f"coverage ({count})"] = found["coverage"]["accuracy"]
+    row |= {"by_level": found["by_level"], "by_subject": found["by_subject"]}
+    if number == 0:
+        return row
+    for name in ("search_accuracy", "search_vote", "search_coverage"):
+        if name in found:
+            row[name] = found[name] if name == "search_accuracy" else found[name]["accuracy"]
+    row["tokens_a_search"] = found.get("search_tokens")
+    chosen, searched = manifest(folder / "select"), manifest(folder / "search")
+    row |= coverage_so_far(bench, number)
+    row["rollouts"] = config.evolve.rollouts[number - 1]
+    row["candidates"] = config.evolve.candidates[number - 1]
+    row["guidance"] = config.evolve.guidance[number - 1]
+    for name in (
+        "easy",
+        "medium",
+        "hard",
+        "sft_examples",
+        "pairs_kept",
+        "right_answers",
+        "lucky",
+        "tokens",
+    ):
+        row[name] = chosen[name]
+    judged = folder / "ppm" / "result.json"
+    if judged.exists():
+        row["held_out_pair_accuracy"] = json.loads(judged.read_text())["held_out_accuracy"]
+    if found.get("auc"):
+        row["ppm_auc"], row["log_prob_auc"] = found["auc"]["auc"], found["auc_log_prob"]["auc"]
+    extra = ("unsolved_first", "tried_more", "solved_by_control")
+    row |= {
+        name: searched[name] for name in searched if name in extra or name.startswith("solved_by_")
+    }
+    row["search_s"], row["evaluate_s"] = searched["wall_s"], found["wall_s"]
+    return row
+
+
+def coverage_so_far(bench: Bench, number: int) -> dict[str, Any]:
+    """Training problems with a right trajectory in any round so far: their share, and by source level."""
+    solved, levels = set(), {}
+    for k in range(1, number + 1):
+        solved |= set(manifest(bench.round_folder(k) / "select")["solved_ids"])
+        for row in read_parts(bench.round_folder(k) / "search" / "trees"):
+            levels[row["problem_id"]] = "unknown" if row["level"] is None else str(row["level"])
+    asked, right = Counter(levels.values()), Counter(levels[name] for name in solved)
+    by_level = {level: evolve_measures.share(right[level], asked[level]) for level in sorted(asked)}
+    return {
+        "solved": evolve_measures.share(len(solved), len(levels)),
+        "coverage_by_level": by_level,
+    }
+
+
+def reward_row(bench: Bench, number: int) -> dict[str, Any]:
+    """A policy against the ways its answers are chosen."""
+    found = manifest(bench.round_folder(number) / "evaluate")
+    row = {"pass@1": found["sampled"]}
+    names = {
+        evolve_measures.MAJORITY: "majority",
+        evolve_measures.LIKELY: "+ log-probability",
+        evolve_measures.BEST: f"+ {bench.config.ppm.loss.upper()}",
+        evolve_measures.WEIGHTED: f"+ {bench.config.ppm.loss.upper()}-weighted vote",
+    }
+    return row | {names[name]: one for name, one in found["at_n"].items()}

@@ -1,0 +1,240 @@
+"""Training of the process preference model, and of its rivals PQM and ORM (rStar-Math, sections 3.3 and 9.2).
+
+Initialised from the policy, with a value head read at the last token of what is judged. A PPM learns from pairs, a PQM
+from Q-values, an ORM from outcomes; all three from the same trees, and all are measured on held-out pairs.
+"""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import jax
+from etils import epath
+
+from smallmath_jax.models.value_head import add_value_head
+from smallmath_jax.parallel import hosts, rules
+from smallmath_jax.records import PreferencePair, Problem, Tree, read_parts, write_part, write_text
+from smallmath_jax.report import pages
+from smallmath_jax.search.pairs import PairSettings, preference_pairs
+from smallmath_jax.search.select import ValueExample, orm_examples, pqm_examples
+from smallmath_jax.tasks import runs, stages, training
+from smallmath_jax.tasks.judged import (
+    Batches,
+    Judged,
+    Plan,
+    held_out,
+    judged_items,
+    plan_steps,
+    unique,
+)
+from smallmath_jax.tasks.policy import (
+    Policy,
+    load_policy,
+    make_mesh,
+    prompts_for,
+    restore_model,
+)
+from smallmath_jax.tasks.search import read_trees
+from smallmath_jax.train import step as steps
+from smallmath_jax.train.loop import StopSignal
+
+EXAMPLES = {"orm": orm_examples, "pqm": pqm_examples}
+LOSSES = ("ppm", *EXAMPLES)
+
+
+def run(config: Any, workdir: str) -> None:
+    """Trains `config.ppm.loss` on the trees of `config.trees`; pairs/ and the checkpoints go into WORKDIR."""
+    with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
+        mesh = make_mesh(config)
+        if config.ppm.loss not in LOSSES:
+            raise ValueError(f"ppm.loss={config.ppm.loss!r}: known are {', '.join(LOSSES)}")
+        trees = read_trees(config.trees)
+        if not trees:
+            raise ValueError(
+                f"trees={config.trees}: no tree there; search first (configs/search.py)"
+            )
+        policy = load_policy(config, mesh)
+        lengths = prompt_lengths([problem_of(tree) for tree in trees], policy, config)
+        pairs, counts = pairs_of(trees, PairSettings(**config.pairs.to_dict()), lengths)
+        write_part(this_run.workdir / "pairs", "00000.jsonl", pairs)
+        runs.say(f"pairs: {counts}")
+        examples = examples_of(trees, config.ppm.loss)
+        problems = [problem_of(tree) for tree in trees]
+        judged = train_judge(
+            policy, problems, pairs, examples, config, this_run.workdir, mesh, stop
+        )
+        del judged
+        pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
+        runs.say(f"done in {this_run.wall_s():.0f} s; report: {workdir}/report/index.html")
+
+
+def problem_of(tree: Tree) -> Problem:
+    """The problem of a searched tree, as far as a prompt needs it."""
+    return Problem(
+        id=tree.problem_id,
+        problem=tree.problem,
+        answer=tree.gold,
+        images=tree.images,
+        level=tree.level,
+        subject=tree.subject,
+        options=tuple(tree.extra.get("options", ())),
+        source=tree.source,
+        template=tree.template,
+    )
+
+
+def prompt_lengths(problems: SequenceOf[Problem], policy: Policy, config: Any) -> dict[str, int]:
+    """problem id -> tokens of its prompt; problems whose prompt does not fit are missing."""
+    kept, prompts, _ = prompts_for(unique(problems), policy, config)
+    return {one.id: len(prompt.token_ids) for one, prompt in zip(kept, prompts, strict=True)}
+
+
+def pairs_of(
+    trees: SequenceOf[Tree], settings: PairSettings, lengths: dict[str, int]
+) -> tuple[list[PreferencePair], dict[str, int]]:
+    """All pairs of the trees, and what was made and dropped, by reason."""
+    pairs, counts = [], Counter()
+    for tree in trees:
+        found, counted = preference_pairs(tree, settings, lengths.get(tree.problem_id, 0))
+        pairs += found
+        counts.update(counted)
+    return pairs, dict(counts)
+
+
+def examples_of(trees: SequenceOf[Tree], loss: str) -> list[ValueExample]:
+    """The examples of a PQM or ORM; a PPM has none."""
+    read = EXAMPLES.get(loss)
+    return [example for tree in trees for example in read(tree)] if read else []
+
+
+# ---- training
+
+
+def train_judge(
+    policy: Policy,
+    problems: SequenceOf[Problem],
+    pairs: SequenceOf[PreferencePair],
+    examples: SequenceOf[ValueExample],
+    config: Any,
+    folder: epath.Path,
+    mesh: jax.sharding.Mesh,
+    stop: StopSignal,
+    title: str = "ppm",
+) -> Policy:
+    """The policy with a trained value head, its metrics, checkpoints and result.json in `folder`.
+
+    A finished stage is only restored. result.json: held-out pair accuracy, pairs, counts of what was dropped.
+    """
+    settings = training.fit_rows(config.ppm, mesh)
+    headed = dataclasses.replace(policy, model=_with_head(policy, config, mesh))
+    if stages.is_done(folder):
+        model = restore_model(folder / "checkpoints", headed.model, mesh)
+        return dataclasses.replace(headed, model=model)
+    both, single, dropped = judged_items(policy, problems, pairs, examples, config)
+    both, test = held_out(both, settings.held_out, config.seed)
+    single, _ = held_out(single, settings.held_out, config.seed)
+    items = both if settings.loss == "ppm" else single
+    patches = settings.row_patches if policy.config.vision is not None else 0
+    plan = plan_steps(items, settings, config.seed, patches)
+    total = len(plan.steps)
+    trainer = training.make_trainer(
+        headed,
+        config,
+        settings,
+        mesh,
+        loss=settings.loss,
+        total_updates=total,
+        microbatches=plan.microbatches,
+        loss_settings={"tanh": settings.tanh_in_loss} if settings.loss == "ppm" else {},
+        value_dropout=settings.dropout,
+    )
+    runs.say(
+        f"{title}: {len(items)} {'pairs' if settings.loss == 'ppm' else 'examples'}, {len(test)} pairs held out, "
+        f"{sum(plan.tokens):,} tokens in {total} steps"
+        + (f"; dropped {dropped}" if dropped else "")
+    )
+    batches = Batches(items, plan, trainer.layout, headed, mesh, config.seed)
+    measure = _measure(test, config, trainer, mesh)
+    with stages.Stage(folder, config, trainer, total, title, stop) as stage:
+        state = stage.restore_or_start()
+        seen, since, shown = 0, time.perf_counter(), {}
+        for step in range(stage.first, total):
+            state, metrics = trainer.step_fn(state, batches.step(step))
+            seen += plan.tokens[step]
+            record = {**metrics, "num_tokens": plan.tokens[step]}
+            if "accuracy" in record:
+                record["accuracy/pairs"] = record.pop("accuracy")
+            last = step + 1 == total
+            if last or settings.eval_every and (step + 1) % settings.eval_every == 0:
+                record["eval/accuracy"] = measure(state.model)
+            if last or (step + 1) % config.log.every == 0:
+                shown = _shown(record)
+                record["tokens_per_second"] = seen / (time.perf_counter() - since)
+                seen, since = 0, time.perf_counter()
+            if last:
+                _write_result(folder, record, items, test, plan, dropped)
+            stage.log(step + 1, record)
+            stage.advance(step + 1, state, **shown)
+        return dataclasses.replace(headed, model=state.model)
+
+
+def _with_head(policy: Policy, config: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The policy's model with a fresh value head, placed on the mesh."""
+    model = add_value_head(policy.model, jax.random.key(config.seed))
+    return jax.device_put(model, rules.shardings(model, mesh))
+
+
+def _shown(record: dict[str, Any]) -> dict[str, float]:
+    names = {"loss": "loss", "accuracy/pairs": "accuracy", "eval/accuracy": "held out"}
+    return {label: float(record[name]) for name, label in names.items() if name in record}
+
+
+def _write_result(
+    folder: epath.Path,
+    record: dict[str, Any],
+    items: SequenceOf[Judged],
+    test: SequenceOf[Judged],
+    plan: Plan,
+    dropped: dict[str, int],
+) -> None:
+    if hosts.host_index() == 0:
+        result = {
+            "held_out_accuracy": record["eval/accuracy"],
+            "held_out_pairs": len(test),
+            "trained_on": len(items),
+            "tokens": sum(plan.tokens),
+            "dropped": dropped,
+        }
+        write_text(epath.Path(folder) / "result.json", json.dumps(result))
+
+
+def _measure(test: SequenceOf[Judged], config: Any, trainer: training.Trainer, mesh: Any) -> Any:
+    """model -> share of held-out pairs whose chosen side scores higher; NaN without any."""
+    if not test:
+        return lambda model: float("nan")
+    once = config.ppm.copy_and_resolve_references()
+    once.update({"epochs": 1, "steps": 0, "tokens": 0, "pairs": len(test)})
+    plan = plan_steps(test, once, config.seed, trainer.layout.row_patches)
+    layout = dataclasses.replace(trainer.layout, microbatches=plan.microbatches)
+    batch = Batches(test, plan, layout, trainer.policy, mesh, config.seed).step(0, dropout=False)
+    compute = training.make_compute(trainer.policy.config, config, mesh)
+
+    @jax.jit
+    def right(model: Any, part: dict[str, Any]) -> jax.Array:
+        values = steps.end_values(model, part, compute)
+        margin = values[part["pairs"][:, 0]] - values[part["pairs"][:, 1]]
+        return ((margin > 0) & (part["pair_weights"] > 0)).sum()
+
+    def accuracy(model: Any) -> float:
+        parts = (jax.tree.map(lambda x, a=a: x[a], batch) for a in range(plan.microbatches))
+        return sum(int(right(model, part)) for part in parts) / len(test)
+
+    return accuracy
+
+
+def read_pairs(folder: Any) -> list[PreferencePair]:
+    """The pairs of a folder of parts."""
+    return [PreferencePair(**row) for row in read_parts(folder)]
