@@ -15,17 +15,17 @@ from smallmath_jax.search.tree import children_of, path_to
 
 # Theorems of section 7.2, and their near relations, as a step's comment would name them.
 THEOREMS = {
-    "Fermat's little theorem": r"fermat(?:'s|s)?\s+(?:little\s+)?theorem",
+    "Fermat's little theorem": r"fermat['\u2019]?s?\s+(?:little\s+)?theorem",
     "Vieta's formulas": r"vieta",
     "AM-GM inequality": r"\bam\s*[-\u2013]\s*gm\b|arithmetic[- ](?:mean|geometric)[- \w]*inequality",
     "Pythagorean theorem": r"pythagor",
     "Shoelace theorem": r"shoe\s?lace",
-    "Euler's theorem": r"euler(?:'s|s)?\s+(?:totient\s+)?theorem",
+    "Euler's theorem": r"euler['\u2019]?s?\s+(?:totient\s+)?theorem",
     "Chinese remainder theorem": r"chinese\s+remainder|\bcrt\b",
     "Cauchy-Schwarz inequality": r"cauchy[- ]schwarz",
     "Law of cosines or sines": r"law\s+of\s+(?:co)?sines|(?:co)?sine\s+(?:rule|law)",
     "Binomial theorem": r"binomial\s+theorem",
-    "Heron's formula": r"heron(?:'s|s)?\s+formula",
+    "Heron's formula": r"heron['\u2019]?s?\s+formula",
     "Remainder theorem": r"(?<!chinese )(?:polynomial\s+)?remainder\s+theorem|factor\s+theorem",
 }
 _PATTERNS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in THEOREMS.items()}

@@ -22,6 +22,7 @@ from smallmath_jax.search.tree import (
     from_record,
     mark_exhausted,
     new_tree,
+    path,
     to_record,
     update,
 )
@@ -186,10 +187,12 @@ def attach(run: Search, node: LiveNode, grown: Grown) -> None:
 
 def handle_of(run: Search, node: LiveNode) -> Any:
     """Where generation goes on behind a node; made again from its ids when the tree was read from a record."""
-    if node.handle is None and node.parent is not None:
-        above = handle_of(run, node.parent)
-        node.handle = run.append(above, list(node.token_ids)) if node.token_ids else above
-    return node.handle
+    above = None
+    for step in path(node) if node.handle is None else [node]:
+        if step.handle is None:
+            step.handle = run.append(above, list(step.token_ids)) if step.token_ids else above
+        above = step.handle
+    return above
 
 
 def _child(run: Search, parent: LiveNode, candidate: Candidate) -> LiveNode:
