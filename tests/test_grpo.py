@@ -264,6 +264,18 @@ def test_a_group_is_graded_by_any_accepted_answer_and_says_what_was_gated():
         assert rows[0].extra["accepted"] == ("3", "-3") and rows[0].step == 7
 
 
+def test_literal_pays_a_broken_text_by_its_own_length():
+    tokens = load_tokens("tiny")
+    ids = tokens.tokenizer.encode("2 + 1 is 3, so 3", add_special_tokens=False)
+    rollout = Rollout(np.array([*ids, tokens.im_end]), np.zeros(len(ids) + 1), "eos", 4)
+    settings = rewards.RewardSettings("literal", target=2 * len(ids))
+    problem, policy = Problem("q", "2 + 1?", "3"), SimpleNamespace(tokens=tokens)
+    with Grader() as grader:
+        (row,) = grpo.grade_group(0, problem, prompt("q"), [rollout], policy, settings, grader, 0)
+    paid = rewards.reward(rewards.Parsed(False), len(ids), row.verdict, "eos", settings)
+    assert row.rewards["length"] == pytest.approx(0.25) and row.rewards == paid.as_dict()
+
+
 @pytest.mark.parametrize("change", [{"top_p": 0.95}, {"top_k": 50}, {"temperature": 0.0}])
 def test_sampling_that_the_trainer_could_not_score_is_refused(change, tmp_path):
     config = config_of()

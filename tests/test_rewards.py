@@ -5,6 +5,7 @@ import math
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from smallmath_jax.records import Problem
@@ -46,6 +47,18 @@ def test_the_literal_preset_term_by_term():
     assert total(BAD, 512, "wrong", LITERAL) == pytest.approx(-0.5)
     assert total(BAD, 0, "wrong", LITERAL) == 0
     assert total(BAD, 0, "correct", LITERAL) == -1  # the third printed case
+
+
+def test_literal_counts_a_broken_texts_tokens_as_its_table_says():
+    """Length is paid without the format there, so its tokens are counted there: the think span's, else all."""
+    spans = {"<think>a b</think> 5": "a b", "a b c": "a b c", "<think>a b": "<think>a b"}
+    for text, counted in spans.items():
+        parsed = parse_think_answer(text)
+        assert rewards.counted_text(parsed, text, "", LITERAL) == counted
+        assert rewards.counted_text(parsed, text, "", PAPER) == ""
+    assert rewards.counted_text(BAD, "a b</think> 5", "<think>", LITERAL) == "a b"
+    for settings in (PAPER, LITERAL, SAFE):
+        assert rewards.counted_text(GOOD, "whatever", "", settings) == "x"
 
 
 def test_the_safe_preset_pays_length_only_when_right():
@@ -216,6 +229,9 @@ def own_rewards(monkeypatch):
     module.parts = lambda case: RewardParts(9.0, 1.0, 1.0, 7.0)
     module.words = lambda case: "good"
     module.infinite = lambda case: math.inf
+    module.nan_parts = lambda case: RewardParts(math.nan, 1.0, 1.0, 1.0)
+    module.float32 = lambda case: np.float32(0.5)
+    module.int64 = lambda case: np.int64(-2)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     yield module.__name__
     rewards.load_reward.cache_clear()
@@ -234,12 +250,16 @@ def test_a_users_reward_function(own_rewards):
     assert dataclasses.astuple(whole)[:4] == (9.0, 1.0, 1.0, 7.0)
 
 
-@pytest.mark.parametrize("function", ["words", "infinite"])
-def test_a_users_reward_that_is_no_number_is_named(own_rewards, function):
-    with pytest.raises(TypeError, match=function):
-        rewards.reward(
-            GOOD, 3, "wrong", "eos", RewardSettings(function=f"{own_rewards}:{function}")
-        )
+@pytest.mark.parametrize("function", ["words", "infinite", "nan_parts"])
+def test_a_users_reward_that_is_no_number_names_function_and_problem(own_rewards, function):
+    settings = RewardSettings(function=f"{own_rewards}:{function}")
+    with pytest.raises((TypeError, ValueError), match=f"{function}.*on problem 'p7'"):
+        rewards.reward(GOOD, 3, "wrong", "eos", settings, problem=Problem("p7", "2 + 3?", "5"))
+
+
+@pytest.mark.parametrize("function, value", [("float32", 0.5), ("int64", -2.0)])
+def test_a_users_reward_may_be_a_number_of_numpys(own_rewards, function, value):
+    assert total(GOOD, 3, "wrong", RewardSettings(function=f"{own_rewards}:{function}")) == value
 
 
 @pytest.mark.parametrize("name", ["nowhere:f", "math:nothing", "math", "safe"])

@@ -52,15 +52,16 @@ def run(config: Any, workdir: str) -> None:
         )
         runs.say(told)
         policy = load_policy(config, mesh)
+        asked = ask(problems, policy, config)
         if config.cold_start:
             policy = sft.fine_tune(policy, config, this_run.workdir / "sft", mesh, stop)
         engine = make_engine(policy, config)
         if config.eval.before:
-            stages.evaluate_stage(policy, engine, tests, config, this_run.workdir, "before")
-        policy = improve(policy, engine, problems, reward, config, this_run.workdir, mesh, stop)
+            stages.evaluate_stage(policy, engine, tests, config, this_run.workdir, "before", stop)
+        policy = improve(policy, engine, asked, tests, reward, config, this_run.workdir, mesh, stop)
         engine.set_weights(engine_weights(policy.model, config), config.grpo.steps)
         if config.eval.after:
-            stages.evaluate_stage(policy, engine, tests, config, this_run.workdir, "after")
+            stages.evaluate_stage(policy, engine, tests, config, this_run.workdir, "after", stop)
         if config.export:
             export.export_policy(policy, this_run.workdir / "export")
         pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
@@ -79,6 +80,20 @@ def load_grpo_problems(config: Any, folder: Any) -> list[Problem]:
     return problems
 
 
+def ask(problems: list[Problem], policy: Policy, config: Any) -> tuple[list[Problem], list[Prompt]]:
+    """Problems and their prompts, without those that are too long. Raises ValueError when too few are left."""
+    kept, prompts, left_out = prompts_for(problems, policy, config)
+    if left_out:
+        runs.say(f"GRPO problems left out: {left_out}")
+    if len(kept) < config.grpo.prompts:
+        raise ValueError(
+            f"grpo.data: {len(kept)} of {len(problems)} problems are left, fewer than one step's {config.grpo.prompts} "
+            f"(grpo.prompts); left out: {left_out} (prompt.max_tokens {config.prompt.max_tokens}, "
+            f"vision.max_patches {config.vision.max_patches})"
+        )
+    return kept, prompts
+
+
 def _check_sampling(sampling: Any) -> None:
     """Refuses settings under which sampler and trainer would score tokens by two distributions (law 2)."""
     if sampling.top_p < 1 or sampling.top_k or not sampling.temperature:
@@ -92,22 +107,24 @@ def _check_sampling(sampling: Any) -> None:
 def improve(
     policy: Policy,
     engine: Engine,
-    problems: list[Problem],
+    asked: tuple[list[Problem], list[Prompt]],
+    tests: list[Problem],
     reward: rewards.RewardSettings,
     config: Any,
     workdir: Any,
     mesh: jax.sharding.Mesh,
     stop: StopSignal,
 ) -> Policy:
-    """Adjusted GRPO for `config.grpo.steps` steps from the newest checkpoint, or from `policy`."""
+    """Adjusted GRPO for `config.grpo.steps` steps from the newest checkpoint, or from `policy`.
+
+    `asked` are problems and their prompts; every `config.grpo.eval_every` steps `tests` are evaluated.
+    """
     settings = config.grpo
     if stages.is_done(workdir):
         return dataclasses.replace(
             policy, model=restore_model(workdir / "checkpoints", policy.model, mesh)
         )
-    problems, prompts, left_out = prompts_for(problems, policy, config)
-    if left_out:
-        runs.say(f"GRPO problems left out: {left_out}")
+    problems, prompts = asked
     trainer = make_grpo_trainer(policy, prompts, config, mesh)
     with (
         stages.Stage(workdir, config, trainer, settings.steps, "grpo", stop) as stage,
@@ -135,6 +152,12 @@ def improve(
             state, metrics = update(trainer, state, batch, config, step, reference)
             clock.lap("train")
             record = grpo_metrics.step_metrics(batch, metrics, clock.seconds, engine.counters())
+            if settings.eval_every and (step + 1) % settings.eval_every == 0:
+                engine.set_weights(engine_weights(state.model, config), step + 1)
+                found = stages.evaluate_stage(
+                    policy, engine, tests, config, workdir, f"step_{step + 1}", stop
+                )
+                record["eval/accuracy"] = found["accuracy"]
             stage.log(step + 1, record)
             local = [row for found in mine for row in found]
             stage.keep_completions(step + 1, local)
@@ -215,9 +238,7 @@ def grade_group(
     for text, rollout, verdict in zip(texts, group, graded, strict=True):
         parsed = rewards.parse_think_answer(text, prompt.prefix)
         counted = rewards.counted_text(parsed, text, prompt.prefix, reward)
-        think = (
-            policy.tokens.tokenizer.encode(counted, add_special_tokens=False) if counted else ()
-        )
+        think = policy.tokens.tokenizer.encode(counted, add_special_tokens=False) if counted else ()
         parts.append(
             rewards.reward(
                 parsed,

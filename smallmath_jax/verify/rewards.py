@@ -10,8 +10,8 @@ and r2 as constants, and only that reading makes "format first" true. Three pres
 `safe`              paper, but length counts only when right, and `gate_lengths` takes the length term out of groups
                     whose correctness is constant (there it would be the only signal, and teach length alone).
 
-t is the number of tokens of the think span, L the target: curve(t) = min(1, t / L) (`linear`), or
-min(1, ln(1 + t) / ln(1 + L)) (`log`).
+t is the number of tokens of the think span (`counted_text`: in `literal`, of the whole completion where there is no
+span), L the target: curve(t) = min(1, t / L) (`linear`), or min(1, ln(1 + t) / ln(1 + L)) (`log`).
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import difflib
 import functools
 import importlib
 import math
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ VERDICTS = ("correct", "wrong", "no_answer", "unparsable_gold", "timeout")
 MASKED_VERDICTS = ("unparsable_gold", "timeout")  # say nothing about the answer (law 7)
 
 _TAGS = re.compile(r"<\s*/?\s*(?:think|answer)\s*>", re.IGNORECASE)
+_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +135,17 @@ def parse_think_answer(text: str, prefix: str = "") -> Parsed:
     if not answer:
         return Parsed(False, reason="the answer block is blank")
     return Parsed(True, full[think_open.end() : think_close.start()], answer)
+
+
+def counted_text(parsed: Parsed, text: str, prefix: str, settings: RewardSettings) -> str:
+    """The text whose tokens the length term counts: the think span of a well-formed completion.
+
+    `literal` pays length without the format too: there a broken text counts by its first think span, else whole.
+    """
+    if parsed.well_formed or settings.preset != "literal":
+        return parsed.think
+    found = _THINK.search(prefix + text)
+    return found[1] if found else text
 
 
 def length_score(think_tokens: int, settings: RewardSettings) -> float:
@@ -279,7 +292,8 @@ def load_reward(name: str) -> Callable[[RewardCase], RewardParts]:
     """A user's own reward, "package.module:function".
 
     The function takes one `RewardCase` and returns a number, None (the sample is masked) or a `RewardParts`.
-    Raises ValueError if the name leads nowhere; the result raises TypeError if the function returns anything else.
+    Raises ValueError if the name leads nowhere; the result raises TypeError if the function returns anything else,
+    and ValueError for a number that is not finite.
     """
     module_name, _, function_name = name.partition(":")
     try:
@@ -289,19 +303,23 @@ def load_reward(name: str) -> Callable[[RewardCase], RewardParts]:
             f"reward function {name!r} cannot be loaded ({error}); give it as package.module:function, "
             "importable from where you start run.py"
         ) from error
-    return lambda case: _as_parts(function(case), name)
+    return lambda case: _as_parts(function(case), name, case.problem)
 
 
-def _as_parts(value: Any, name: str) -> RewardParts:
-    if isinstance(value, RewardParts):
-        return value
+def _as_parts(value: Any, name: str, problem: Problem | None) -> RewardParts:
+    """numpy's numbers are numbers; what is not finite would make every weight of the batch NaN."""
     if value is None:
         return RewardParts(0.0, 0.0, 0.0, 0.0, masked=True)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return RewardParts(float(value), 0.0, 0.0, 0.0)
-    raise TypeError(
-        f"reward {name!r} returned {value!r}; return a finite number, None to mask the sample, or RewardParts"
-    )
+    parts = value
+    if isinstance(value, numbers.Real):
+        parts = RewardParts(float(value), 0.0, 0.0, 0.0)
+    on = f" on problem {problem.id!r}" if problem is not None else ""
+    told = f"reward {name!r} returned {value!r}{on}; return "
+    if not isinstance(parts, RewardParts):
+        raise TypeError(told + "a finite number, None to mask the sample, or RewardParts")
+    if not all(math.isfinite(part) for part in parts.as_dict().values()):
+        raise ValueError(told + "finite numbers, or None to mask the sample")
+    return parts
 
 
 def _known(what: str, value: str, names: Sequence[str]) -> None:
