@@ -27,8 +27,11 @@ def whole():
         yield started
 
 
-def python(code: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", code], capture_output=True, check=True
+    )
+    return done.stdout.decode()
 
 
 @pytest.mark.parametrize(
@@ -45,17 +48,15 @@ def python(code: str) -> subprocess.CompletedProcess:
         "import pickle\nclass P: pass\nprint(type(pickle.loads(pickle.dumps(P()))))",
         "import numpy as np\nprint(np.linspace(0, 1, 7) @ np.eye(7))",
         "from fractions import Fraction as F\nprint(sum(F(1, n) for n in range(1, 30)))",
-        "import scipy.optimize\nprint(round(scipy.optimize.brentq(lambda x: x**2 - 2, 0, 2), 9))",
+        "import scipy.constants\nprint(scipy.constants.golden)",
         "import encodings.idna, json.tool, concurrent.futures, wave\nprint('imported')",
-        "print(*range(30000))",
+        "print(*range(15000))",
         "",
     ],
 )
 def test_output_is_what_python_prints(sandbox, code):
-    expected = python(code)
-    assert expected.returncode == 0, expected.stderr
     result = run(sandbox, code)
-    assert (result.status, result.stdout) == ("ok", expected.stdout), result.stderr_tail
+    assert (result.status, result.stdout) == ("ok", python(code)), result.stderr_tail
 
 
 def test_bytes_that_are_not_text_are_shown(sandbox):

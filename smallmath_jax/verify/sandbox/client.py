@@ -400,7 +400,7 @@ def _package_folders(modules: Sequence[str]) -> list[str]:
     """The folders the modules lie in, without importing them."""
     found = []
     for name in modules:
-        spec = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name.partition(".")[0])
         if spec is not None and spec.origin:
             folder = _folder(spec.origin, 2 if spec.submodule_search_locations else 1)
             if folder not in found:
