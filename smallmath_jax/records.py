@@ -174,7 +174,12 @@ def to_json(record: Any) -> str:
     """One JSON line of a dataclass or dict; numpy scalars and arrays become plain numbers and lists."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         record = dataclasses.asdict(record)
-    return json.dumps(record, default=_plain, ensure_ascii=False, allow_nan=True)
+    return _encodable(json.dumps(record, default=_plain, ensure_ascii=False, allow_nan=True))
+
+
+def _encodable(text: str) -> str:
+    """The text with half surrogate pairs, which UTF-8 has no bytes for, as \\udXXX: JSON reads them back."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _plain(value: Any) -> Any:
@@ -189,7 +194,7 @@ def _plain(value: Any) -> Any:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Publishes a file whole: a reader sees the old file or the new one, never a torn one."""
-    target = epath.Path(path)
+    target, text = epath.Path(path), _encodable(text)
     target.parent.mkdir(parents=True, exist_ok=True)
     if str(path).startswith("gs://"):  # one object, one upload: already atomic
         target.write_text(text)

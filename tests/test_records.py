@@ -1,10 +1,12 @@
 """Records on disk: a part is there whole or not at all, and a key is a pure function of what it names."""
 
+import json
+
 import numpy as np
 import pytest
 from etils import epath
 
-from smallmath_jax.records import draw_key, read_parts, to_json, write_part
+from smallmath_jax.records import draw_key, read_parts, to_json, write_part, write_text
 
 
 def test_a_part_is_published_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -28,6 +30,16 @@ def test_a_torn_line_is_named(tmp_path):
     with pytest.raises(ValueError, match="3.jsonl, line 2: not a JSON object"):
         list(read_parts(tmp_path))
     assert list(read_parts(tmp_path / "nowhere")) == []
+
+
+def test_half_a_surrogate_pair_can_be_written_and_read_back(tmp_path):
+    rows = [{"text": "\ud83d"}, {"text": "a \ude00 b é 😀 \\ud83d"}]
+    write_part(tmp_path, "1.jsonl", rows)
+    assert list(read_parts(tmp_path)) == rows
+    write_text(tmp_path / "page.html", "é \ud83d")
+    assert (tmp_path / "page.html").read_bytes() == "é \\ud83d".encode()
+    plain = {"text": "é 😀 \\ud83d \x7f"}
+    assert to_json(plain) == json.dumps(plain, ensure_ascii=False)
 
 
 def test_keys_are_fixed_across_machines_and_releases():
