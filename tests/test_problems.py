@@ -91,6 +91,13 @@ def test_reads_every_form_of_a_row(tmp_path):
     assert problems[5] == problems[5].__class__("set-5", "gold is missing", "", source="set")
 
 
+@pytest.mark.parametrize("accepted", [True, "12", 3])
+def test_a_rows_own_field_named_accepted_says_nothing_about_golds(tmp_path, accepted):
+    row = {"problem": "3 * 4?", "answer": "12", "accepted": accepted, "year": 2024}
+    (problem,) = load_problems(write_lines(tmp_path / "set.jsonl", [row]))
+    assert problem.accepted == ("12",) and problem.meta == {"year": 2024}
+
+
 def test_json_files_hold_a_list_or_an_object_with_one(tmp_path):
     rows = [{"question": "a", "answer": "1"}, {"question": "b", "answer": "2"}]
     (tmp_path / "list.json").write_text(json.dumps(rows))

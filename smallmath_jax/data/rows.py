@@ -80,10 +80,10 @@ def to_problem(
 
 
 def _meta(row: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
-    """The row's other plain fields."""
-    plain = (str, int, float, bool)
+    """The row's other plain fields. Its own "accepted" is none of ours: `Problem.accepted` would take it for golds."""
+    plain, taken = (str, int, float, bool), known | {"accepted"}
     return {
-        key: value for key, value in row.items() if key not in known and isinstance(value, plain)
+        key: value for key, value in row.items() if key not in taken and isinstance(value, plain)
     }
 
 
