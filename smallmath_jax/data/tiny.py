@@ -29,6 +29,7 @@ from smallmath_jax.records import Problem
 __all__ = [
     "WORKED_PREFIX",
     "canonical",
+    "is_embedded",
     "program",
     "rebind",
     "reinstantiate",
@@ -78,6 +79,11 @@ def tiny_problems(split: str, count: int, seed: int, image_share: float = 1 / 3)
         known.add(problem.id)
         problems.append(problem)
     return problems
+
+
+def is_embedded(problem: Problem) -> bool:
+    """Whether a problem comes from here. A source may be named "tiny" too; a template of ours with its numbers not."""
+    return problem.template in TEMPLATES and "quantities" in problem.meta
 
 
 def reinstantiate(problem: Problem, seed: int) -> Problem:
@@ -251,7 +257,7 @@ def _by_subject(pool: list[Template], source: random.Random) -> list[Template]:
 
 
 def _template_of(problem: Problem) -> Template:
-    if problem.template not in TEMPLATES or "quantities" not in problem.meta:
+    if not is_embedded(problem):
         raise ValueError(
             f"problem {problem.id} is not an embedded one (template {problem.template!r})"
         )

@@ -11,7 +11,7 @@ from etils import epath
 
 from smallmath_jax.data.batches import RowPlan, Sequence, make_sequence, plan_rows, sft_rows
 from smallmath_jax.data.prompts import GRAMMARS, format_completion
-from smallmath_jax.data.tiny import worked_solution
+from smallmath_jax.data.tiny import is_embedded, worked_solution
 from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.records import Problem, draw_key
 from smallmath_jax.report import pages
@@ -171,7 +171,7 @@ def pack_lessons(taught: list[tuple[Problem, Sequence]], policy: Policy, setting
 
 def solution_text(problem: Problem, config: Any, terse_share: float) -> str | None:
     """The completion to learn, in the config's grammar. Embedded problems have a style drawn by the problem's id."""
-    if problem.source == "tiny":
+    if is_embedded(problem):
         terse = draw_key(config.seed, "style", problem.id)[0] / 2**32 < terse_share
         return worked_solution(problem, config.prompt.grammar, "terse" if terse else "worked")
     if not problem.solution:
