@@ -1,4 +1,4 @@
-"""Self-evolution in four rounds (rStar-Math, section 3.4): search, select, fine-tune, train a preference model, measure.
+"""Self-evolution in four rounds (rStar-Math, section 3.4): search, select, fine-tune, train a reward model, measure.
 
     python run.py --config=configs/evolve.py:tiny                             # two CPU cores, nothing to download
     python run.py --config=configs/evolve.py:math7b --workdir=gs://BUCKET/evolve

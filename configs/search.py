@@ -30,6 +30,7 @@ def code_steps(config: ConfigDict, mode: str) -> None:
     config.prompt.grammar = "code_steps"
     config.sampling = common.sampling(16 if tiny else 2048)  # tokens of one step
     if tiny:
+        config.prompt.max_tokens = 48
         config.engine.prefill_chunk = 16
         config.engine.decode_steps = 4
     else:

@@ -233,16 +233,16 @@ class Parts:
 
 
 def read_trees(folders: Iterable[Any]) -> list[Tree]:
-    """All trees of some folders of parts, in the order of the folders; of a (problem, seed) the last one counts.
+    """All trees of some folders of parts, by problem id and seed, whatever order they came in.
 
-    So the trees of a folder of further rollouts stand in for those they went on from.
+    Of a (problem, seed) the last one counts: trees of a folder of further rollouts stand in for those they went on from.
     """
     found: dict[tuple[str, int], Tree] = {}
     for folder in folders:
         for row in read_parts(folder):
             tree = tree_from_json(row)
             found[tree.problem_id, tree.seed] = tree
-    return list(found.values())
+    return [found[key] for key in sorted(found)]
 
 
 def finish(folder: epath.Path, workdir: epath.Path) -> dict[str, Any]:

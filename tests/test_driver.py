@@ -1,0 +1,190 @@
+"""The driver: trees do not depend on what runs beside them, slots stay full, failures stay where they happen."""
+
+import asyncio
+import dataclasses
+import json
+
+import driver_case as case
+import numpy as np
+import pytest
+
+from smallmath_jax.records import Sampling, read_parts
+from smallmath_jax.search.mcts import search
+from smallmath_jax.search.settings import SearchSettings
+from smallmath_jax.search.tree import tree_from_json
+from smallmath_jax.tasks import search as task
+from smallmath_jax.tasks.driver import Driver, Judge, same_answer
+
+SETTINGS = SearchSettings(rollouts=4, candidates=3, max_depth=6)
+NAMES = [f"p{number}" for number in range(9)]
+
+
+def make_driver(engine, host=case.HOST, judge=None):
+    return Driver(
+        case.Policy(),
+        engine,
+        host,
+        grammar="code_steps",
+        sampling=Sampling(),
+        max_tokens=16,
+        judge=judge,
+    )
+
+
+def searched(driver, names, settings, in_flight, stop=lambda: False):
+    """Trees by problem, through the driver."""
+    trees = {}
+
+    def job(name):
+        async def grow():
+            problem, root = case.problem(name), driver.open(case.prompt(name))
+            try:
+                callables = driver.callables(problem, settings)
+                return await search(problem, root, settings=settings, **callables)
+            finally:
+                driver.close(root)
+
+        return grow
+
+    take = lambda tree: trees.__setitem__(tree.problem_id, tree)
+    whole = asyncio.run(driver.run(map(job, names), in_flight, take, stop))
+    return trees, whole
+
+
+@pytest.mark.parametrize("guidance", ["terminal", "ppm"])
+def test_trees_are_those_of_searches_one_after_the_other(guidance):
+    settings = dataclasses.replace(SETTINGS, guidance=guidance)
+    judge = lambda: Judge(case.ScriptedEngine(), 5.0) if guidance == "ppm" else None
+    alone, _ = searched(make_driver(case.ScriptedEngine(1), judge=judge()), NAMES, settings, 1)
+    for seed, in_flight in ((2, 4), (3, 100)):
+        engine = case.ScriptedEngine(seed)
+        beside, whole = searched(make_driver(engine, judge=judge()), NAMES, settings, in_flight)
+        assert whole and beside == alone
+    assert engine.most >= 9 * settings.candidates  # all problems asked before any was answered
+    assert not engine.paths and not engine.waiting  # and nothing is left behind
+    solved = [tree for tree in alone.values() if any(n.verdict == "correct" for n in tree.nodes)]
+    errors = [node for tree in alone.values() for node in tree.nodes if node.kind == "error"]
+    assert solved and errors
+    if guidance == "ppm":
+        assert any(node.score is not None for tree in alone.values() for node in tree.nodes)
+
+
+def test_a_problem_that_fails_fails_alone():
+    async def fragile(prefix, code):
+        if "=5" in prefix and "=5" in code:
+            raise OSError("the pipe is gone")
+        return await case.run_program(prefix, code)
+
+    alone, _ = searched(make_driver(case.ScriptedEngine()), NAMES, SETTINGS, 4)
+    host = dataclasses.replace(case.HOST, run_program=fragile)
+    trees, _ = searched(make_driver(case.ScriptedEngine(), host), NAMES, SETTINGS, 4)
+    failed = {name for name, tree in trees.items() if tree.stopped == "failed"}
+    assert failed and failed != set(NAMES)
+    assert all("the pipe is gone" in trees[name].extra["failure"] for name in failed)
+    assert all(trees[name] == alone[name] for name in set(NAMES) - failed)
+
+
+def test_what_breaks_between_searches_ends_them_all():
+    async def broken(prefix, code):
+        loop = asyncio.get_running_loop()
+        loop.call_soon(_raise)
+        await loop.create_future()
+
+    host = dataclasses.replace(case.HOST, run_program=broken)
+    with pytest.raises(RuntimeError, match="sandbox has failed"):
+        searched(make_driver(case.ScriptedEngine(), host), NAMES, SETTINGS, 4)
+
+
+def _raise():
+    raise RuntimeError("the sandbox has failed")
+
+
+def test_a_path_without_room_ends_there():
+    tree = searched(make_driver(case.ScriptedEngine(cache_length=14)), ["p0"], SETTINGS, 1)[0]["p0"]
+    assert tree.stopped == "exhausted" and not any(n.kind == "answer" for n in tree.nodes)
+
+
+def test_equal_answers():
+    assert same_answer("1/2", "0.5") and not same_answer("3", "4")
+
+
+# ---- parts and resumption
+
+
+class Stop:
+    """Asks to stop once `after` trees are counted."""
+
+    exit_code = 143
+
+    def __init__(self, after):
+        self.asked, self.after = 0, after
+
+    @property
+    def requested(self):
+        self.asked += 1
+        return self.asked > self.after
+
+
+@pytest.fixture
+def no_prompts(monkeypatch):
+    given = lambda problems, policy, config: (problems, [case.prompt(p.id) for p in problems], {})
+    monkeypatch.setattr(task, "prompts_for", given)
+    monkeypatch.setattr(task, "with_pixels", lambda prompt, problem, policy: prompt)
+    monkeypatch.setattr(task, "PART_TREES", 2)
+
+
+class Config:
+    in_flight = 3
+
+
+def grow(folder, stop, engine=None, searches=1, settings=SETTINGS, **more):
+    problems = [case.problem(name) for name in NAMES]
+    driver = make_driver(engine or case.ScriptedEngine())
+    task.grow_trees(
+        driver, problems, settings, folder, Config(), stop=stop, searches=searches, **more
+    )
+    return {(row["problem_id"], row["seed"]): row for row in read_parts(folder)}
+
+
+def test_killed_and_continued_no_problem_is_lost_or_done_twice(tmp_path, no_prompts):
+    whole = grow(tmp_path / "whole", Stop(10**9), searches=2)
+    assert len(whole) == 18
+    for round_number in range(40):
+        try:
+            grow(tmp_path / "cut", Stop(25), case.ScriptedEngine(round_number), searches=2)
+        except SystemExit as left:
+            assert left.code == 143
+        else:
+            break
+    assert round_number > 1
+    rows = list(read_parts(tmp_path / "cut"))
+    assert len(rows) == 18
+    assert {(row["problem_id"], row["seed"]): row for row in rows} == whole
+    parts = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    assert parts[0] == "00000-host0.jsonl" and len(parts) >= 9
+
+
+def test_a_tree_that_goes_on_is_the_one_searched_at_once(tmp_path, no_prompts):
+    short = grow(tmp_path / "short", Stop(10**9))
+    long = dataclasses.replace(SETTINGS, rollouts=9)
+    earlier = {name: tree_from_json(row) for (name, _), row in short.items()}
+    further = grow(tmp_path / "further", Stop(10**9), settings=long, earlier=earlier)
+    at_once = grow(tmp_path / "once", Stop(10**9), settings=long)
+    assert further == at_once
+    trees = task.read_trees([tmp_path / "short", tmp_path / "further"])
+    assert [tree.problem_id for tree in trees] == sorted(NAMES)
+    assert all(tree.rollouts == further[tree.problem_id, 0]["rollouts"] for tree in trees)
+
+
+def test_pages_and_summary(tmp_path, no_prompts):
+    grow(tmp_path / "trees", Stop(10**9))
+    record = task.finish(tmp_path / "trees", tmp_path)
+    assert record["problems"] == 9 and 0 < record["coverage"] <= 1
+    assert json.loads((tmp_path / "summary.json").read_text()) == record
+    assert (tmp_path / "tree_pages" / "index.html").exists()
+
+
+def test_keys_name_the_draws():
+    engine = case.ScriptedEngine()
+    rollouts = [engine._drawn((), key) for key in np.arange(8, dtype=np.uint32).reshape(4, 2)]
+    assert len({tuple(one.token_ids) for one in rollouts}) > 1
