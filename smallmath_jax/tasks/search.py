@@ -235,7 +235,7 @@ class Parts:
 def read_trees(folders: Iterable[Any]) -> list[Tree]:
     """All trees of some folders of parts, by problem id and seed, whatever order they came in.
 
-    Of a (problem, seed) the last one counts: trees of a folder of further rollouts stand in for those they went on from.
+    Of a (problem, seed) the last one counts: a tree of further rollouts stands in for the one it went on from.
     """
     found: dict[tuple[str, int], Tree] = {}
     for folder in folders:
