@@ -72,7 +72,7 @@ def _field_names(config, prefix: str = "") -> set[str]:
 
 
 def settle_on_cpu() -> bool:
-    """Where no accelerator is in sight: tells jax so, or an installed libtpu looks for chips and complains at length."""
+    """Where no accelerator is in sight: tells jax so; else an installed libtpu looks for chips, and complains."""
     devices = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd", "dxg")
     if not any(glob.glob(f"/dev/{name}") for name in devices):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -113,8 +113,14 @@ def main(arguments: list[str]) -> None:
     task = importlib.import_module(f"smallmath_jax.tasks.{config.task}")
     try:
         task.run(config, workdir)
-    except (ValueError, FileNotFoundError) as error:  # bad input: one message, no trace
-        if os.environ.get("SMALLMATH_TRACE"):
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+    ) as error:  # bad input, full disk: one message, no trace
+        # A subclass of RuntimeError is jax's own: its trace is what helps.
+        ours = not isinstance(error, RuntimeError) or type(error) is RuntimeError
+        if os.environ.get("SMALLMATH_TRACE") or not ours:
             raise
         sys.exit(f"{config.task}: {error}\n(SMALLMATH_TRACE=1 shows the trace)")
 

@@ -76,7 +76,8 @@ def base(task: str, mode: str) -> ConfigDict:
     )
     config.lora = ConfigDict({"rank": 0, "alpha": 32.0, "targets": "text/layers/.*"})
     config.freeze = ""  # regex of parameter names that do not train, for example "vision/.*"
-    config.checkpoint = ConfigDict({"every": 100, "keep": 2})
+    # best: also keep the GRPO checkpoint with the highest value of this metric ("reward", "eval/accuracy"); "": none
+    config.checkpoint = ConfigDict({"every": 100, "keep": 2, "best": ""})
     config.log = ConfigDict({"every": 10 if tiny else 1, "samples_every": 20, "samples": 2})
     return config
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from engine_case import (
     prompt,
 )
 
+from smallmath_jax.models.lora import add_lora
+from smallmath_jax.models.tree import map_named
 from smallmath_jax.records import Sampling
 from smallmath_jax.rollout.engine import Limits
 
@@ -153,3 +156,19 @@ def test_a_root_of_the_largest_image_fits():
     made = engine()
     _, rollout = made.extend(made.root(start), Limits(6), DRAWN, keys("x")[0])
     np.testing.assert_allclose(rollout.log_probs, full_log_probs(start, rollout, 1.0), atol=1e-4)
+
+
+def test_adapters_smaller_than_a_kernels_last_digit_reach_the_sampler_in_bf16():
+    """Merged into a bf16 kernel they would be rounded away, and the sampler would not be the policy being trained."""
+    plain = model()
+    adapted = add_lora(plain, 2, 2.0, "text/layers/.*", jax.random.key(0))
+    adapted = map_named(
+        lambda name, leaf: leaf + 2e-4 if name.endswith("lora_b") else leaf, adapted
+    )
+    told = []
+    for params in (plain, adapted):
+        made = engine(params, compute_dtype=jnp.bfloat16)
+        node = made.root(PROMPTS["text"])
+        _, rollout = made.extend(node, Limits(8), GREEDY, keys("one")[0])
+        told.append(np.asarray(rollout.log_probs))
+    assert np.abs(told[0] - told[1]).max() > 0

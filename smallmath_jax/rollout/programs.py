@@ -123,12 +123,16 @@ def make_caches(shape: Shape) -> tuple[Cache, Cache]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def prepare(shape: Shape, params: QwenVL, banned: jax.Array, eos: jax.Array) -> Packed:
-    """A copy of the weights in the compute dtype (the value head in fp32), adapters merged, layers apart."""
+    """A copy of the weights in the compute dtype (the value head in fp32), layers apart.
+
+    Adapters are merged in fp32 only: in bf16 an update smaller than a kernel's last digit would be lost, and the
+    sampler would not be the policy that is trained (law 2).
+    """
 
     def cast(name: str, leaf: jax.Array) -> jax.Array:
         return leaf.astype(jnp.float32 if name.startswith("value_head") else shape.dtype)
 
-    model = map_named(cast, merge_lora(params))
+    model = map_named(cast, merge_lora(params) if shape.dtype == "float32" else params)
     layers = split_layers(model.text.layers)
     model.text.layers = None
     weights = Weights(model, layers, banned, eos)

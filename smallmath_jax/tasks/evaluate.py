@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
-from smallmath_jax.train.loop import Progress
+from smallmath_jax.train.loop import Progress, StopSignal
 from smallmath_jax.verify.grader import Grader
 
 PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
@@ -40,7 +41,9 @@ def run(config: Any, workdir: str) -> None:
         mesh = make_mesh(config)
         problems = load_evaluation_problems(config)
         policy = load_policy(config, mesh)
-        result = evaluate(policy, make_engine(policy, config), problems, config, this_run.workdir)
+        engine = make_engine(policy, config)
+        with StopSignal() as stop:
+            result = evaluate(policy, engine, problems, config, this_run.workdir, stop=stop)
         pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
         runs.say(
             f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html"
@@ -73,8 +76,11 @@ def evaluate(
     folder: str | epath.Path,
     prefix: str | None = None,
     step: int = 0,
+    stop: StopSignal | None = None,
 ) -> dict[str, Any]:
     """Samples and grades every problem once; continues where an earlier call on `folder` stopped.
+
+    After a signal to `stop` it leaves with the signal's exit code once the part under way is on disk.
 
     Returns:
       report.metrics.summarise of all completions: accuracy, n, ci, by_level, by_subject, by_set, greedy, sampled.
@@ -112,6 +118,10 @@ def evaluate(
             )
             write_part(folder / "completions", f"{step:08d}-{number:05d}-host{host}.jsonl", rows)
             rate = tokens / (time.perf_counter() - started)
+            if stop is not None and stop.requested:
+                bar.close()
+                runs.say(f"{title}: stopped, what is done is kept; the same command continues")
+                sys.exit(stop.exit_code)
             bar.advance(len(chunk), correct=f"{correct / max(seen, 1):.1%}", **{"tok/s": rate})
     bar.close()
     hosts.barrier(f"evaluate {folder.name}")

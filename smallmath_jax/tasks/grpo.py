@@ -135,6 +135,13 @@ def improve(
         for step in range(stage.first, settings.steps):
             clock = Clock()
             engine.set_weights(engine_weights(state.model, config), step)
+            measured = {}
+            if step and settings.eval_every and step % settings.eval_every == 0:
+                with stage.saving_on_exit(step, state):
+                    found = stages.evaluate_stage(
+                        policy, engine, tests, config, workdir, f"step_{step}", stop
+                    )
+                measured["eval/accuracy"] = found["accuracy"]
             chosen = step_problems(len(problems), step, settings.prompts, config.seed)
             asked = [with_pixels(prompts[index], problems[index], policy) for index in chosen]
             share = hosts.share(list(enumerate(chosen)))
@@ -152,12 +159,7 @@ def improve(
             state, metrics = update(trainer, state, batch, config, step, reference)
             clock.lap("train")
             record = grpo_metrics.step_metrics(batch, metrics, clock.seconds, engine.counters())
-            if settings.eval_every and (step + 1) % settings.eval_every == 0:
-                engine.set_weights(engine_weights(state.model, config), step + 1)
-                found = stages.evaluate_stage(
-                    policy, engine, tests, config, workdir, f"step_{step + 1}", stop
-                )
-                record["eval/accuracy"] = found["accuracy"]
+            record |= measured
             stage.log(step + 1, record)
             local = [row for found in mine for row in found]
             stage.keep_completions(step + 1, local)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from typing import Any, TypeVar
 
 import jax
@@ -17,7 +18,7 @@ from smallmath_jax.data.tokens import Tokens, add_step_tokens, load_tokens
 from smallmath_jax.models import folders, lora, weights
 from smallmath_jax.models.config import ModelConfig, tiny_config
 from smallmath_jax.models.qwen_vl import QwenVL
-from smallmath_jax.models.tree import map_named
+from smallmath_jax.models.tree import map_named, named_leaves
 from smallmath_jax.parallel import mesh as meshes
 from smallmath_jax.parallel import rules
 from smallmath_jax.records import Problem, Prompt
@@ -64,7 +65,24 @@ def load_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
         )
     if config.lora.rank:
         policy = dataclasses.replace(policy, model=add_lora(policy.model, config, mesh))
+    _check_freeze(policy, config)
     return policy
+
+
+def _check_freeze(policy: Policy, config: Any) -> None:
+    """Raises ValueError for a `freeze` that has no effect: a misspelt one would train everything in silence."""
+    if not config.freeze:
+        return
+    if config.lora.rank:
+        raise ValueError(
+            "config.freeze and config.lora.rank: with adapters nothing else trains; leave freeze empty"
+        )
+    names = [name for name, _ in named_leaves(policy.model)]
+    if not any(re.fullmatch(config.freeze, name) for name in names):
+        some = ", ".join(names[:: max(len(names) // 6, 1)])
+        raise ValueError(
+            f"config.freeze={config.freeze!r} matches the whole name of no parameter; names look like {some}"
+        )
 
 
 def base_model(workdir: str) -> str:

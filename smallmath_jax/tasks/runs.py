@@ -21,7 +21,10 @@ from smallmath_jax.tasks.checks import check
 FREE_FIELDS = ("log", "checkpoint", "compare")
 
 # What a start leaves behind once it has computed something.
-RESULTS = ("sft", "metrics", "checkpoints", "completions", "eval", "trees", "pairs", "done.json")
+RESULTS = (
+    *("sft", "metrics", "checkpoints", "completions", "eval", "done.json"),
+    *("trees", "pairs", "bootstrap", "round_0"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,12 +37,12 @@ def run(config: Any, workdir: str) -> None:
         policy = load_policy(config, mesh)
         if config.eval.before:
             stages.evaluate_stage(
-                policy, make_engine(policy, config), tests, config, this_run.workdir, "before"
+                policy, make_engine(policy, config), tests, config, this_run.workdir, "before", stop
             )
         policy = fine_tune(policy, config, this_run.workdir, mesh, stop)
         if config.eval.after:
             stages.evaluate_stage(
-                policy, make_engine(policy, config), tests, config, this_run.workdir, "after"
+                policy, make_engine(policy, config), tests, config, this_run.workdir, "after", stop
             )
         if config.export:
             export.export_policy(policy, this_run.workdir / "export")

@@ -1,7 +1,9 @@
 """What every training stage does around its steps: resume, log, checkpoint, stop on SIGTERM; and staged evaluations."""
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ from smallmath_jax.tasks.policy import Policy
 from smallmath_jax.tasks.training import Trainer
 from smallmath_jax.train.checkpoint import Checkpoints
 from smallmath_jax.train.loop import MetricWriter, Progress, StopSignal, part_name
+
+WORST = -1e30
 
 
 def is_done(folder: epath.Path) -> bool:
@@ -36,7 +40,7 @@ class Stage:
         self.first = 0
         self._config, self._trainer, self._total = config, trainer, total
         self._name, self._stop = name, stop
-        best = config.checkpoint.get("best", "") if name == "grpo" else ""
+        best = config.checkpoint.best if name == "grpo" else ""
         self._best = best
         self._checkpoints = Checkpoints(
             self.folder / "checkpoints", keep=config.checkpoint.keep, best_metric=best
@@ -86,14 +90,28 @@ class Stage:
         if self._bar is not None:
             self._bar.say(text)
 
+    @contextlib.contextmanager
+    def saving_on_exit(self, done: int, state: Any) -> Iterator[None]:
+        """Around what may leave the run between two steps: the state after `done` steps is saved first."""
+        try:
+            yield
+        except SystemExit:
+            self._save(done, state)
+            self._checkpoints.wait()
+            raise
+
+    def _save(self, done: int, state: Any) -> None:
+        self._writer.flush()
+        # A step without the metric (nothing taught, no evaluation) is never the best one.
+        metrics = {self._best: self._record.get(self._best, WORST)} if self._best else None
+        self._checkpoints.save(done, state, metrics=metrics)
+
     def advance(self, done: int, state: Any, **shown: Any) -> None:
         """Counts a step, saves when it is time, and leaves with exit code 143 after SIGTERM once all is saved."""
         self._bar.advance(1, **shown)
         leaving = hosts.any_host(self._stop.requested)
         if leaving or done == self._total or done % self._config.checkpoint.every == 0:
-            self._writer.flush()
-            metrics = {self._best: self._record[self._best]} if self._best else None
-            self._checkpoints.save(done, state, metrics=metrics)
+            self._save(done, state)
         if done == self._total:
             self._checkpoints.wait()
             if hosts.host_index() == 0:
@@ -113,8 +131,12 @@ def evaluate_stage(
     config: Any,
     workdir: epath.Path,
     name: str,
+    stop: StopSignal | None = None,
 ) -> dict[str, Any]:
-    """The evaluation WORKDIR/eval/NAME, done once; again with `config.eval.forced_prefix` where that is set."""
+    """The evaluation WORKDIR/eval/NAME, done once; again with `config.eval.forced_prefix` where that is set.
+
+    After a signal to `stop` it leaves once the part under way is on disk.
+    """
     results = {}
     for label, prefix in (
         (name, None),
@@ -126,7 +148,9 @@ def evaluate_stage(
         if (folder / "result.json").exists():
             results[label] = json.loads((folder / "result.json").read_text())
         else:
-            results[label] = evaluate.evaluate(policy, engine, problems, config, folder, prefix)
+            results[label] = evaluate.evaluate(
+                policy, engine, problems, config, folder, prefix, stop=stop
+            )
         shown = results[label]
         runs.say(
             f"{label}: {shown['decoding']} {shown['accuracy']:.1%} of {shown['n']} "

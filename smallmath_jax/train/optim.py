@@ -79,6 +79,7 @@ def _muon(settings: Any, schedule: optax.Schedule) -> optax.GradientTransformati
         lambda step: ratio * schedule(step),
         weight_decay=settings.weight_decay,
         adam_learning_rate=schedule,
+        eps=settings.eps,
         adam_b1=settings.b1,
         adam_b2=settings.b2,
         muon_weight_dimension_numbers=kernel_dimensions,

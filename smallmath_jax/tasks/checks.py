@@ -1,0 +1,127 @@
+"""Settings that cannot work are refused when a run starts, before anything is loaded or computed."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smallmath_jax.data.prompts import GRAMMARS
+from smallmath_jax.models.text import REMAT
+from smallmath_jax.train.advantages import DENOMINATORS, SCALES
+from smallmath_jax.train.optim import OPTIMIZERS, SCHEDULES
+from smallmath_jax.verify import rewards
+
+OPTIMIZER_FIELDS = {"name": tuple(OPTIMIZERS), "schedule": SCHEDULES}
+CHOICES: Mapping[str, Sequence[str]] = {
+    "compute_dtype": ("float32", "bfloat16", "float16"),
+    "remat": tuple(REMAT),
+    "prompt.grammar": tuple(GRAMMARS),
+    "grpo.denominator": DENOMINATORS,
+    "grpo.advantage_scale": SCALES,
+    "reward.preset": rewards.PRESETS,
+    "reward.curve": rewards.CURVES,
+    "reward.truncated": rewards.TRUNCATED,
+    "eval.headline": ("greedy", "sampled"),
+    **{
+        f"{stage}.optimizer.{field}": known
+        for stage in ("sft", "grpo", "ppm")
+        for field, known in OPTIMIZER_FIELDS.items()
+    },
+}
+AT_LEAST_ONE = (
+    "log.every",
+    "log.samples_every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "prompt.max_tokens",
+    "engine.slots",
+    "engine.cache_length",
+    "engine.prefill_chunk",
+    "engine.decode_steps",
+    "engine.tensor_parallel",
+    "sft.rows",
+    "sft.row_length",
+    "sft.microbatch_rows",
+    "grpo.prompts",
+    "grpo.group_size",
+    "grpo.updates",
+    "grpo.inner_epochs",
+    "grpo.row_length",
+    "grpo.microbatch_rows",
+    "grpo.sampling.max_tokens",
+    "eval.sampling.max_tokens",
+    "reward.target_length",
+)
+ABOVE_ZERO = tuple(
+    f"{stage}.optimizer.{field}"
+    for stage in ("sft", "grpo", "ppm")
+    for field in ("learning_rate", "muon_learning_rate")
+)
+
+
+def check(config: Any) -> None:
+    """Raises ValueError naming the field, its value and what it may be: all that is wrong, in one message."""
+    wrong = [
+        *(_choice(name, get(config, name), known) for name, known in CHOICES.items()),
+        *(_at_least(name, get(config, name), 1) for name in AT_LEAST_ONE),
+        *(_positive(name, get(config, name)) for name in ABOVE_ZERO),
+        *_lengths(config),
+        *_updates(config),
+    ]
+    wrong = [line for line in wrong if line]
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def get(config: Any, name: str) -> Any:
+    """The field with that dotted name; None where the config has no such field."""
+    for part in name.split("."):
+        if config is None or part not in config:
+            return None
+        config = config[part]
+    return config
+
+
+def _choice(name: str, value: Any, known: Sequence[str]) -> str:
+    if value is None or value in known:
+        return ""
+    near = difflib.get_close_matches(str(value), known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"config.{name} is {value!r}; {hint}known: {', '.join(known)}"
+
+
+def _at_least(name: str, value: Any, least: int) -> str:
+    fine = value is None or value >= least
+    return "" if fine else f"config.{name} is {value}; it must be at least {least}"
+
+
+def _positive(name: str, value: Any) -> str:
+    return "" if value is None or value > 0 else f"config.{name} is {value}; it must be above 0"
+
+
+def _lengths(config: Any) -> list[str]:
+    """A prompt and its completion must fit where they go."""
+    lines = []
+    prompt = get(config, "prompt.max_tokens") or 0
+    places = {
+        "grpo.sampling.max_tokens": ("engine.cache_length", "grpo.row_length"),
+        "eval.sampling.max_tokens": ("engine.cache_length",),
+    }
+    for name, rooms in places.items():
+        completion = get(config, name)
+        for room in rooms if completion is not None else ():
+            size = get(config, room)
+            if size is not None and size < prompt + completion:
+                lines.append(
+                    f"config.{room} is {size}, shorter than prompt.max_tokens + {name} = {prompt} + {completion}; "
+                    f"raise {room} or lower one of the two"
+                )
+    return lines
+
+
+def _updates(config: Any) -> list[str]:
+    updates, prompts = get(config, "grpo.updates"), get(config, "grpo.prompts")
+    if updates is None or prompts is None or updates <= prompts:
+        return []
+    return [
+        f"config.grpo.updates is {updates}, more than the {prompts} groups of a step (grpo.prompts)"
+    ]

@@ -1,0 +1,75 @@
+"""What cannot work is refused when a run starts; a start that came to nothing binds nobody."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import step_case
+
+from configs import evaluate as evaluate_config
+from configs import grpo, sft
+from smallmath_jax.tasks import policy, runs
+from smallmath_jax.tasks.checks import check
+
+
+@pytest.mark.parametrize("mode", ["tiny", "3b", "7b", "math1.5b", "math7b", "phi3"])
+def test_every_mode_passes(mode):
+    for module in (grpo, sft, evaluate_config):
+        check(module.get_config(mode))
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("grpo.denominator", "grup", "did you mean 'group'"),
+        ("grpo.optimizer.name", "adam", "adamw, muon"),
+        ("grpo.optimizer.learning_rate", 0.0, "above 0"),
+        ("grpo.updates", 0, "at least 1"),
+        ("grpo.updates", 33, "32 groups"),
+        ("log.samples_every", 0, "at least 1"),
+        ("checkpoint.every", 0, "at least 1"),
+        ("prompt.grammar", "think_answr", "did you mean 'think_answer'"),
+        ("compute_dtype", "foo", "float32, bfloat16"),
+        ("grpo.row_length", 100, "prompt.max_tokens \\+ grpo.sampling.max_tokens = 64 \\+ 56"),
+        ("eval.sampling.max_tokens", 100, "engine.cache_length is 128"),
+        ("eval.headline", "sampeld", "did you mean 'sampled'"),
+        ("reward.preset", "papr", "did you mean 'paper'"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_field(field, value, said):
+    config = grpo.get_config("tiny")
+    part = config
+    *parents, last = field.split(".")
+    for parent in parents:
+        part = part[parent]
+    part[last] = value
+    with pytest.raises(ValueError, match=said) as told:
+        check(config)
+    assert field.split(".")[-1] in str(told.value)
+
+
+def test_a_start_that_came_to_nothing_binds_nobody(tmp_path):
+    first, second = grpo.get_config("tiny"), grpo.get_config("tiny")
+    first.grpo.data = ("no-such-file.jsonl",)
+    with runs.open_run(first, str(tmp_path)):
+        pass
+    with runs.open_run(second, str(tmp_path)):
+        (tmp_path / "sft").mkdir()
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["grpo"]["data"] == [
+        "tiny:train"
+    ]
+    with pytest.raises(ValueError, match="grpo.data"), runs.open_run(first, str(tmp_path)):
+        pass
+
+
+def test_a_frozen_name_that_is_none_is_refused():
+    small = SimpleNamespace(model=step_case.make_model())
+    config = grpo.get_config("tiny")
+    config.freeze = "visoin/.*"
+    with pytest.raises(ValueError, match="visoin.*text/"):
+        policy._check_freeze(small, config)
+    config.freeze = "vision/.*"
+    policy._check_freeze(small, config)
+    config.lora.rank = 4
+    with pytest.raises(ValueError, match="lora.rank"):
+        policy._check_freeze(small, config)
