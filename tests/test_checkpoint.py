@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import step_case as case
 
+from smallmath_jax.train import checkpoint
 from smallmath_jax.train import step as steps
 from smallmath_jax.train.checkpoint import Checkpoints
 
@@ -103,6 +104,69 @@ def test_a_damaged_checkpoint_is_set_aside_with_a_message(tmp_path, state, capsy
         assert checkpoints.latest_step() == 6
 
 
+def failing(checkpoints, monkeypatch, *errors):
+    """Reading raises these errors first, one a call, then reads. Returns the steps tried."""
+    read, tried, left = checkpoints._read, [], list(errors)
+
+    def attempt(step, wanted):
+        tried.append(step)
+        error = left.pop(0) if left else None
+        if error is not None:
+            raise error
+        return read(step, wanted)
+
+    monkeypatch.setattr(checkpoints, "_read", attempt)
+    return tried
+
+
+@pytest.fixture
+def two_steps(tmp_path, state, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_PAUSES", (0.0, 0.0))
+    with Checkpoints(tmp_path, asynchronous=False) as checkpoints:
+        checkpoints.save(3, marked(state, 3))
+        checkpoints.save(6, marked(state, 6))
+        yield checkpoints
+    assert (tmp_path / "00000006").exists() and not list(tmp_path.glob("damaged*"))
+
+
+def test_what_is_out_of_reach_for_a_moment_is_read_again(two_steps, state, monkeypatch):
+    busy = ValueError("Error reading gs://b/c: HTTP response code: 503")
+    tried = failing(two_steps, monkeypatch, busy, OSError("connection reset"))
+    assert two_steps.restore(state)[1]["step"] == 6 and tried == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("error", "attempts"),
+    [
+        (OSError("503 backend error"), 3),
+        (PermissionError("denied"), 3),
+        (MemoryError("host"), 1),
+        (RuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 9 bytes"), 1),
+    ],
+)
+def test_a_whole_checkpoint_is_never_set_aside(two_steps, state, monkeypatch, error, attempts):
+    tried = failing(two_steps, monkeypatch, *[error] * 9)
+    with pytest.raises(OSError if attempts > 1 else type(error), match=str(error)):
+        two_steps.restore(state)
+    assert tried == [6] * attempts
+
+
+def test_hosts_accept_or_set_aside_a_checkpoint_together(two_steps, state, monkeypatch):
+    """What one host alone finds damaged, and what one host alone cannot reach, is no host's checkpoint."""
+    for mine, other in (
+        (None, ["damaged", "truncated"]),
+        (None, ["out of reach", "503"]),
+        (ValueError("DATA_LOSS: truncated"), ["read", "read"]),
+    ):
+        with monkeypatch.context() as patch:
+            both = lambda value, other=other: [value, other if isinstance(value[0], str) else value]
+            patch.setattr(checkpoint.hosts, "gather", both)
+            patch.setattr(checkpoint.hosts, "broadcast", lambda value: value)
+            failing(two_steps, patch, *[mine] * 9)
+            with pytest.raises(OSError, match="00000006 is not read by every host: .*Nothing was"):
+                two_steps.restore(state)
+
+
 def test_no_readable_checkpoint_is_an_error(tmp_path, state):
     with Checkpoints(tmp_path, asynchronous=False) as checkpoints:
         checkpoints.save(3, state)
@@ -144,6 +208,7 @@ ONTO_A_MESH = """
 import sys, jax, numpy as np
 import step_case as case
 from smallmath_jax.parallel import mesh as meshes, rules
+from smallmath_jax.train import checkpoint
 from smallmath_jax.train import step as steps
 from smallmath_jax.train.checkpoint import Checkpoints
 

@@ -6,9 +6,11 @@ file, and a model is read without its moments. A folder gets its final name only
 """
 
 import errno
+import re
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +23,16 @@ from smallmath_jax.parallel import hosts
 from smallmath_jax.train.step import TrainState
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
+RETRY_PAUSES = (
+    2.0,
+    10.0,
+    30.0,
+)  # seconds before a checkpoint that could not be reached is read again
+# What object stores and tensorstore say of a whole file that they do not hand over now.
+_OUT_OF_REACH = re.compile(
+    r"unavailable|deadline.exceeded|aborted|cancelled|permission_denied|unauthenticated|timed out"
+    r"|(http|status|code|error)\W{1,3}(code\W{1,3})?(429|50[0-4])\b"
+)
 
 
 class Checkpoints:
@@ -117,8 +129,9 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]] | None:
         """(state, cursor) of the newest checkpoint that can be read, or None when there is none.
 
-        What a kill left unfinished is deleted. A damaged checkpoint is set aside as `damaged-STEP`, with a message,
-        and the one before it is read. Call it once, before the first `save`.
+        What a kill left unfinished is deleted. A checkpoint that every host finds damaged is set aside as
+        `damaged-STEP`, with a message, and the one before it is read; one that is out of reach on any host is tried
+        again after RETRY_PAUSES, by all hosts together. Call it once, before the first `save`.
 
         Args:
             like: a state of the wanted shapes and dtypes: arrays or jax.ShapeDtypeStruct.
@@ -126,18 +139,18 @@ class Checkpoints:
 
         Raises:
             ValueError: the checkpoint holds other parameters, naming the first difference.
+            OSError: the newest checkpoint is out of reach, or the hosts do not agree on it; nothing is moved.
+            MemoryError: it does not fit; so does RESOURCE_EXHAUSTED of the device, as it is.
             RuntimeError: there are checkpoints and none can be read.
         """
         self._drop_unfinished()
         target = like if shardings is None else _placed(like, shardings)
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = hosts.broadcast(sorted(self._manager.all_steps(), reverse=True))
         damaged: dict[int, Exception] = {}
         for step in steps:
-            try:
-                found = self._read(step, {"model": _by_name(target.model), "rest": _rest(target)})
-            except _Different as error:
-                raise ValueError(str(error)) from None
-            except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            wanted = {"model": _by_name(target.model), "rest": _rest(target)}
+            found, error = self._read_together(step, wanted)
+            if error is not None:
                 damaged[step] = error
                 continue
             self._set_aside(damaged, step)
@@ -187,9 +200,46 @@ class Checkpoints:
             items[item] = ocp.args.StandardRestore(jax.tree.map(_abstract, tree))
         return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
 
+    def _read_together(
+        self, step: int, wanted: dict[str, Any]
+    ) -> tuple[dict[str, Any], None] | tuple[None, Exception]:
+        """(what every host has read, None), or (None, error) when every host finds the checkpoint damaged.
+
+        All hosts take the same turns and come to the same end. Raises as `restore` for everything else.
+        """
+        for pause in (*RETRY_PAUSES, None):
+            found, error = None, None
+            try:
+                found = self._read(step, wanted)
+            except Exception as caught:  # orbax and tensorstore raise many kinds for damaged files
+                error = caught
+            told = hosts.gather([_kind(error), _first_line(error)])
+            kinds = [kind for kind, _ in told]
+            if set(kinds) == {"read"}:
+                return found, None
+            if set(kinds) == {"damaged"}:
+                return None, error
+            if "memory" in kinds or "different" in kinds or pause is None:
+                break
+            _say(
+                f"checkpoint {self.folder}/{step:08d}: {_by_host(told)}; trying again in {pause} s"
+            )
+            time.sleep(pause)
+        if isinstance(error, _Different):
+            raise ValueError(str(error)) from None
+        if _kind(error) == "memory":
+            raise error
+        kind = "memory" if "memory" in kinds else "out of reach"
+        raise (MemoryError if kind == "memory" else OSError)(
+            f"{self.folder / f'{step:08d}'} is not read by every host: {_by_host(told)}. Nothing was changed; "
+            "start again with the same command when the folder can be read"
+        ) from error
+
     def _check_names(self, step: int, item: str, tree: Any) -> None:
         """Raises _Different when the checkpoint holds other names or shapes than `tree`."""
         metadata = self._manager.item_metadata(step)[item]
+        if metadata is None:
+            raise FileNotFoundError(f"{self.folder / f'{step:08d}'} has no {item}")
         stored = {name: tuple(leaf.shape) for name, leaf in named_leaves(metadata)}
         wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(tree)}
         for name in sorted(set(stored) | set(wanted)):
@@ -212,18 +262,28 @@ class Checkpoints:
         if not damaged:
             return
         for step, error in damaged.items():
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             _say(
-                f"checkpoint {self.folder}/{step:08d} cannot be read ({reason}); it is set aside as "
+                f"checkpoint {self.folder}/{step:08d} cannot be read ({_first_line(error)}); it is set aside as "
                 f"damaged-{step:08d}, continuing from step {restored}"
             )
-            if hosts.host_index() == 0:
-                source, target = self.folder / f"{step:08d}", self.folder / f"damaged-{step:08d}"
-                if target.exists():
-                    target.rmtree()
-                source.rename(target)
-        hosts.barrier("set damaged checkpoints aside")
+            failed = hosts.broadcast(self._move(step) if hosts.host_index() == 0 else "")
+            if failed:
+                raise OSError(
+                    f"{self.folder / f'{step:08d}'} is damaged and cannot be set aside: {failed}. Move it away by "
+                    "hand, then start again with the same command"
+                )
         self._manager.reload()
+
+    def _move(self, step: int) -> str:
+        """Renames a step's folder to damaged-STEP; what went wrong, or ""."""
+        source, target = self.folder / f"{step:08d}", self.folder / f"damaged-{step:08d}"
+        try:
+            if target.exists():
+                target.rmtree()
+            source.rename(target)
+        except OSError as error:
+            return _first_line(error)
+        return ""
 
     def _guard(self, action: Callable[[], Any], step: int | None) -> None:
         """Runs a write; a full disk becomes one message that says what to do."""
@@ -242,6 +302,41 @@ class Checkpoints:
 
 class _Different(Exception):
     """The checkpoint is whole, but of another model or optimizer."""
+
+
+def _kind(error: Exception | None) -> str:
+    """read | different | memory | out of reach | damaged: what an attempt to read a checkpoint came to."""
+    if error is None:
+        return "read"
+    if isinstance(error, _Different):
+        return "different"
+    chain = list(_chain(error))
+    texts = " ".join(str(one) for one in chain).lower()
+    memory = any(isinstance(one, MemoryError) for one in chain)
+    if memory or "resource_exhausted" in texts or "out of memory" in texts:
+        return "memory"
+    content = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    refused = any(isinstance(one, OSError) and not isinstance(one, content) for one in chain)
+    return "out of reach" if refused or _OUT_OF_REACH.search(texts) else "damaged"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: Exception | None) -> str:
+    text = str(error).strip() if error is not None else "read"
+    return text.splitlines()[0] if text else repr(error)
+
+
+def _by_host(told: list[list[str]]) -> str:
+    """What each host came to, those that agree told once."""
+    lines: dict[str, list[int]] = {}
+    for host, (kind, reason) in enumerate(told):
+        lines.setdefault("read" if kind == "read" else f"{kind} ({reason})", []).append(host)
+    return "; ".join(f"host {', '.join(map(str, who))}: {what}" for what, who in lines.items())
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -278,14 +373,9 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _disk_is_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "no space left on device" in str(error).lower():
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _disk_is_full(error: BaseException) -> bool:
+    full = lambda one: isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(full(one) or "no space left on device" in str(one).lower() for one in _chain(error))
 
 
 def _space(folder: epath.Path) -> str:
