@@ -32,6 +32,7 @@ def test_every_mode_passes(mode):
         ("compute_dtype", "foo", "float32, bfloat16"),
         ("grpo.row_length", 100, "prompt.max_tokens \\+ grpo.sampling.max_tokens = 64 \\+ 56"),
         ("eval.sampling.max_tokens", 100, "engine.cache_length is 128"),
+        ("grpo.row_patches", 15, "grpo.row_patches is 15, .* vision.max_patches = 16"),
         ("eval.headline", "sampeld", "did you mean 'sampled'"),
         ("reward.preset", "papr", "did you mean 'paper'"),
     ],

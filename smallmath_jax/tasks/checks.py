@@ -65,6 +65,7 @@ def check(config: Any) -> None:
         *(_at_least(name, get(config, name), 1) for name in AT_LEAST_ONE),
         *(_positive(name, get(config, name)) for name in ABOVE_ZERO),
         *_lengths(config),
+        _patches(config),
         *_updates(config),
     ]
     wrong = [line for line in wrong if line]
@@ -116,6 +117,17 @@ def _lengths(config: Any) -> list[str]:
                     f"raise {room} or lower one of the two"
                 )
     return lines
+
+
+def _patches(config: Any) -> str:
+    """A sampled prompt's pictures must fit a row; lessons that do not fit are left out and counted instead."""
+    most, room = get(config, "vision.max_patches"), get(config, "grpo.row_patches")
+    if most is None or room is None or most <= room:
+        return ""
+    return (
+        f"config.grpo.row_patches is {room}, fewer than the patches of one prompt, vision.max_patches = {most}; "
+        "raise grpo.row_patches or lower vision.max_patches"
+    )
 
 
 def _updates(config: Any) -> list[str]:

@@ -174,6 +174,7 @@ def make_grpo_trainer(
 ) -> training.Trainer:
     settings = training.fit_rows(config.grpo, mesh)
     longest = max(len(prompt.token_ids) for prompt in prompts) + settings.sampling.max_tokens
+    patches = max(int(prompt.grids.prod(-1).sum()) for prompt in prompts)
     per_update = -(-settings.prompts // settings.updates) * settings.group_size
     return training.make_trainer(
         policy,
@@ -182,7 +183,7 @@ def make_grpo_trainer(
         mesh,
         loss="grpo",
         total_updates=settings.steps * settings.updates * settings.inner_epochs,
-        microbatches=training.microbatches_for(per_update, longest, settings),
+        microbatches=training.microbatches_for(per_update, longest, patches, settings),
         loss_settings={
             "epsilon_low": settings.epsilon_low,
             "epsilon_high": settings.epsilon_high,

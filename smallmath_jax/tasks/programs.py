@@ -78,7 +78,8 @@ def _train_program(
     else:
         longest = config.prompt.max_tokens + settings.sampling.max_tokens
         sequences = settings.prompts * settings.group_size // settings.updates
-        microbatches = microbatches_for(sequences, longest, settings)
+        patches = config.vision.max_patches if model.vision is not None else 0
+        microbatches = microbatches_for(sequences, longest, patches, settings)
         loss_settings = {
             "epsilon_low": settings.epsilon_low,
             "epsilon_high": settings.epsilon_high,

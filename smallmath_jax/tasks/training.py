@@ -179,12 +179,23 @@ def make_compute(
     )
 
 
-def microbatches_for(sequences: int, longest: int, settings: Any) -> int:
-    """Microbatches that hold `sequences` of at most `longest` tokens, however badly they pack."""
+def microbatches_for(sequences: int, longest: int, most_patches: int, settings: Any) -> int:
+    """Microbatches that hold `sequences` of at most `longest` tokens and `most_patches`, however badly they pack.
+
+    First fit opens a row only when all others hold as many of the biggest as a row takes. Raises ValueError when one
+    sequence does not fit a row.
+    """
     if longest > settings.row_length:
         raise ValueError(
             f"row_length {settings.row_length} is shorter than one sequence of prompt and completion ({longest}); "
             "raise row_length or lower prompt.max_tokens or sampling.max_tokens"
         )
+    if most_patches > settings.row_patches:
+        raise ValueError(
+            f"row_patches {settings.row_patches} are fewer than the picture patches of one sequence ({most_patches}); "
+            "raise row_patches or lower vision.max_patches"
+        )
     a_row = settings.row_length // longest
+    if most_patches:
+        a_row = min(a_row, settings.row_patches // most_patches)
     return math.ceil(math.ceil(sequences / a_row) / settings.microbatch_rows)
