@@ -188,8 +188,19 @@ def test_each_epoch_asks_every_problem_once():
     asked = [index for step in range(10) for index in grpo.step_problems(20, step, 4, seed=3)]
     assert sorted(asked[:20]) == sorted(asked[20:]) == list(range(20))
     assert asked[:20] != asked[20:]
-    across = [index for step in range(4) for index in grpo.step_problems(6, step, 9, seed=3)]
-    assert all(sorted(across[first : first + 6]) == list(range(6)) for first in range(0, 36, 6))
+
+
+def test_no_step_asks_a_problem_twice_and_all_have_their_turn():
+    for count, per_step in ((10, 4), (7, 4), (4, 4), (9, 2)):
+        steps = [grpo.step_problems(count, step, per_step, seed=3) for step in range(40)]
+        assert all(len(set(asked)) == per_step for asked in steps)
+        whole = count // per_step  # steps an epoch
+        assert all(
+            len(set(sum(steps[first : first + whole], []))) == whole * per_step
+            for first in range(0, 40 - whole, whole)
+        )
+        assert set(sum(steps, [])) == set(range(count))
+        assert steps[17] == grpo.step_problems(count, 17, per_step, seed=3)  # as on resume
 
 
 class LateEngine:

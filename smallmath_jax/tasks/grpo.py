@@ -194,12 +194,14 @@ def make_grpo_trainer(
 
 
 def step_problems(count: int, step: int, per_step: int, seed: int) -> list[int]:
-    """Indices of a step's problems: a fresh shuffle each epoch, a pure function of (seed, step)."""
-    chosen = []
-    for position in range(step * per_step, (step + 1) * per_step):
-        epoch, index = divmod(position, count)
-        chosen.append(int(epoch_order(count, seed, epoch)[index]))
-    return chosen
+    """Indices of a step's problems, none twice: a pure function of (seed, step).
+
+    An epoch is a fresh shuffle cut into whole steps; the fewer than `per_step` problems behind the last one sit this
+    epoch out. A step across two epochs could ask a problem twice, with the same draws. `count` is at least `per_step`.
+    """
+    epoch, place = divmod(step, count // per_step)
+    order = epoch_order(count, seed, epoch)[place * per_step : (place + 1) * per_step]
+    return [int(index) for index in order]
 
 
 def sample_groups(
