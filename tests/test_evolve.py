@@ -1,0 +1,286 @@
+"""Self-evolution: noise, right answers by luck, selection, measures, and the whole of it at the smallest size."""
+
+import asyncio
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import driver_case as case
+import numpy as np
+import pytest
+
+from smallmath_jax.data.tiny import program, reinstantiate, tiny_problems, worked_solution
+from smallmath_jax.data.tiny_noise import noisy_solution
+from smallmath_jax.records import Node, Tree, read_parts
+from smallmath_jax.search.vote import Ballot
+from smallmath_jax.tasks import evolve_measures as measures
+from smallmath_jax.tasks.chains import program_of
+from smallmath_jax.tasks.driver import Host
+from smallmath_jax.tasks.recheck import recheck, relabel
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+PROBLEMS = tiny_problems("train", 60, 0)
+
+
+def executed(text):
+    """What the program of a solution prints."""
+    from search_case import run_snippet
+
+    result = run_snippet("", program_of(text.partition("<output>")[0]))
+    assert result.status == "ok", result.stderr_tail
+    return result.stdout.strip()
+
+
+# ---- noise
+
+
+def test_noisy_solutions_are_wrong_programs_with_their_own_output():
+    spoilt = 0
+    for problem in PROBLEMS:
+        text, wrong = noisy_solution(problem, 0.5, 0)
+        shown = text.partition("<output>")[2].partition("<")[0]
+        assert executed(text) == shown and f"\\boxed{{{shown}}}" in text
+        assert (shown != problem.answer) == wrong
+        assert wrong or text == worked_solution(problem, "code_steps")
+        assert noisy_solution(problem, 0.5, 0) == (text, wrong)
+        spoilt += wrong
+    assert 18 <= spoilt <= 42
+    assert not any(noisy_solution(problem, 0.0, 0)[1] for problem in PROBLEMS)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        noisy_solution(PROBLEMS[0], 1.5, 0)
+
+
+# ---- right by luck
+
+
+def tree_of(problem, programs):
+    """A tree of whole programs below the root, a child and its answer each; all answers count as right."""
+    nodes = [Node("0", "", [], 0, 0.0, "root", len(programs), float(len(programs)))]
+    for number, code in enumerate(programs, 1):
+        tag = f"0.{number}"
+        step = Node(tag, f"<code>\n{code}\n<end_of_code>", [1], 1, -1.0, "open", 1, 1.0)
+        nodes.append(dataclasses.replace(step, status="ok", output=problem.answer))
+        leaf = Node(f"{tag}.1", "answer", [2], 1, -1.0, "answer", 1, 1.0)
+        nodes.append(dataclasses.replace(leaf, answer=problem.answer, verdict="correct"))
+    return Tree(problem.id, problem.problem, problem.answer, nodes)
+
+
+def test_programs_that_were_right_by_luck_are_found_out():
+    problem = next(one for one in PROBLEMS if one.template == "buy")
+    right = "\n".join(program(problem))
+    a, b = problem.meta["quantities"].values()
+    other = reinstantiate(problem, 0).meta["quantities"]
+    lucky = right.replace("a+b", f"a+{b}" if b not in (0, other["b"]) else f"{a}+b")
+    terse = f"print({problem.answer})"
+    tree = tree_of(problem, [right, lucky, terse])
+    (after,), counts = recheck([tree], {problem.id: problem}, case.HOST, 3)
+    assert counts == {"right_answers": 3, "lucky": 2}
+    by_tag = {node.tag: node for node in after.nodes}
+    assert [by_tag[f"0.{n}.1"].verdict for n in (1, 2, 3)] == ["correct", "wrong", "wrong"]
+    assert [by_tag[f"0.{n}"].q_value for n in (1, 2, 3)] == [1.0, -1.0, -1.0]
+    assert by_tag["0"].value_sum == -1.0 and by_tag["0"].visit_count == 3
+    assert recheck([tree], {problem.id: problem}, case.HOST, 0)[0] == [tree]
+    other_source = dataclasses.replace(problem, source="math500")
+    assert recheck([tree], {problem.id: other_source}, case.HOST, 3)[0] == [tree]
+
+
+def test_relabelling_nothing_changes_nothing():
+    tree = tree_of(PROBLEMS[0], ["x=1"])
+    assert relabel(tree, []) is tree
+
+
+def test_programs_are_run_once_for_all_trees():
+    problem, ran = PROBLEMS[0], []
+
+    async def run_program(prefix, code):
+        ran.append(code)
+        return await case.run_program(prefix, code)
+
+    tree = tree_of(problem, ["\n".join(program(problem))] * 2)
+    host = Host(run_program, case.grade)
+    _, counts = recheck([tree, tree], {problem.id: problem}, host, 2)
+    assert counts == {"right_answers": 4, "lucky": 0} and len(ran) == 2
+
+
+# ---- measures
+
+
+def row(problem, sample, answer, gold, score=None, log_prob=-1.0, decoding="sampled"):
+    verdict = "no_answer" if answer is None else "correct" if answer == gold else "wrong"
+    extra = {"decoding": decoding, "score": score, "log_prob": log_prob, "written": 10}
+    return {
+        "problem_id": problem,
+        "sample": sample,
+        "answer": answer,
+        "verdict": verdict,
+        "level": 1,
+        "subject": "Algebra",
+        "token_ids": [1],
+        "extra": extra | {"set": "tiny", "status": "ok"},
+    }
+
+
+ROWS = [
+    *(row("p", 0, "1", "1", decoding="greedy"), row("q", 0, "2", "3", decoding="greedy")),
+    *(row("p", 0, "1", "1", 0.9, -1), row("p", 1, "2", "1", -0.9, -3), row("p", 2, "2", "1", -0.9, -3)),
+    *(row("q", 0, "2", "3", 0.1, -1), row("q", 1, None, "3"), row("q", 2, "3", "3", 0.2, -2)),
+]  # fmt: skip
+
+
+def test_measures_of_trajectories_by_hand():
+    found = measures.chain_measures(ROWS, 3)
+    assert found["greedy"]["accuracy"] == 0.5
+    assert found["sampled"]["accuracy"] == pytest.approx(2 / 6)
+    at_n = {name: one["accuracy"] for name, one in found["at_n"].items()}
+    assert at_n[measures.MAJORITY] == 0.5  # p: 2 of 3 say 2; q: a tie, and 3 has the higher score
+    assert at_n[measures.BEST] == 1.0 and at_n[measures.WEIGHTED] == 1.0
+    assert at_n[measures.LIKELY] == 0.5
+    assert found["coverage"]["accuracy"] == 1.0
+    assert found["auc"] == {"auc": 1.0, "problems": 2}
+    assert found["auc_log_prob"]["auc"] == 0.5
+
+
+def test_the_weight_of_a_ballot_is_the_odds_of_its_score():
+    raw = np.array([1.0, -0.5])
+    ballots = [Ballot("a", score=float(np.tanh(raw[0] / 5)))]
+    ballots += [Ballot("b", score=float(np.tanh(raw[1] / 5)))] * 4
+    assert 4 * np.exp(raw[1]) < np.exp(raw[0]) < 5 * np.exp(raw[1])
+    assert measures.best_ballot(ballots, measures.WEIGHTED) == "a"
+    ballots.append(ballots[-1])
+    assert measures.best_ballot(ballots, measures.WEIGHTED) == "b"
+    assert measures.best_ballot([], measures.MAJORITY) is None
+
+
+def test_scaling_counts_samples_and_tokens():
+    curves = measures.scaling(ROWS, [], 2)
+    points = curves[measures.MAJORITY]
+    assert [(one["trajectories"], one["tokens"]) for one in points] == [(1, 10.0), (2, 20.0)]
+    assert [one["accuracy"] for one in curves[measures.COVERAGE]] == [0.5, 0.5]
+
+
+# ---- the whole
+
+
+SHORT = (
+    "--config.bootstrap.solutions=300",
+    "--config.bootstrap.steps=60",
+    "--config.evolve.per_round=24",
+    "--config.evolve.rounds=2",
+    "--config.evolve.rollouts=(2,2)",
+    "--config.evolve.candidates=(4,3)",
+    "--config.evolve.guidance=('terminal','ppm')",
+    "--config.evolve.more_from=2",
+    "--config.evolve.more=(4,)",
+    "--config.evolve.more_problems=3",
+    "--config.sft.steps=3",
+    "--config.ppm.steps=3",
+    "--config.eval.limit=6",
+    "--config.eval.samples=2",
+    "--config.eval.final_samples=4",
+    "--config.eval.search_problems=2",
+    "--config.eval.final_search_problems=3",
+    "--config.eval.search.rollouts=2",
+    "--config.eval.search.candidates=3",
+    "--config.engine.slots=16",
+)
+
+
+def evolve(workdir, *more):
+    words = [sys.executable, "run.py", "--config=configs/evolve.py:tiny", f"--workdir={workdir}"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*words, *SHORT, *more], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+
+
+@pytest.mark.full
+def test_two_rounds_end_to_end_and_a_second_start_does_nothing_again(tmp_path):
+    told = evolve(tmp_path)
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert "bootstrap: pass@1" in told.stdout and "round 2: pass@1" in told.stdout
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [one["round"] for one in report["rounds"]] == [0, 1, 2]
+    last = report["rounds"][-1]
+    assert {"accuracy", "search_accuracy", "solved", "coverage_by_level"} <= set(last)
+    assert report["scaling"] and report["reward_models"] and "backtracking" in report
+    for stage in ("search", "select", "sft", "ppm", "evaluate"):
+        assert (tmp_path / "round_2" / stage / "done.json").exists()
+    rows = list(read_parts(tmp_path / "round_1" / "search" / "trees"))
+    assert len(rows) == len({one["problem_id"] for one in rows}) == 24
+    before = {path: path.stat().st_mtime for path in (tmp_path / "round_2").rglob("done.json")}
+    again = evolve(tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert before == {path: path.stat().st_mtime for path in before}
+    assert "continuing" not in again.stdout
+
+
+def test_rounds_that_are_not_described_are_refused():
+    from configs import evolve as config
+    from smallmath_jax.tasks.evolve import check
+
+    described = config.get_config("tiny")
+    check(described)
+    described.evolve.rounds = 5
+    with pytest.raises(ValueError, match="rollouts has 4 entries for 5 rounds"):
+        check(described)
+    described = config.get_config("math7b")
+    described.evolve.guidance = ("ppm",) * 4
+    with pytest.raises(ValueError, match="first round has no preference model"):
+        check(described)
+
+
+def test_defaults_are_rstar_maths():
+    """Design section 4, table of defaults and the line on search (rStar-Math, section 3.4)."""
+    from configs import evolve as config
+
+    found = config.get_config("math7b")
+    assert found.evolve.rollouts == (8, 16, 16, 16) and found.evolve.candidates == (5, 8, 8, 16)
+    assert found.evolve.guidance == ("terminal", "terminal", "ppm", "ppm")
+    assert tuple(found.evolve.more) == (64, 128) and found.evolve.more_from == 4
+    assert (found.search.exploration, found.search.max_depth) == (2.0, 16)
+    assert (found.eval.search.rollouts, found.eval.search.candidates) == (12, 32)
+    assert (found.sft.optimizer.learning_rate, found.sft.optimizer.schedule) == (7e-6, "linear")
+    assert (found.sft.rows, found.sft.row_length, found.sft.epochs) == (128, 4096, 2)
+    phi = config.get_config("phi3").sft.optimizer
+    assert (phi.learning_rate, phi.schedule) == (5e-6, "cosine")
+    ppm = found.ppm
+    assert (ppm.pairs, ppm.max_tokens, ppm.epochs, ppm.dropout) == (512, 2048, 1, 0.1)
+    assert (ppm.optimizer.learning_rate, ppm.optimizer.schedule) == (7e-6, "linear")
+    assert ppm.tanh_in_loss is False and found.evolve.trajectories == 2
+
+
+# ---- whole trajectories
+
+
+def test_trajectories_without_search_run_their_programs():
+    from smallmath_jax.records import Sampling
+    from smallmath_jax.tasks.chains import follow
+    from smallmath_jax.tasks.driver import Driver
+
+    engine = case.ScriptedEngine()
+    driver = Driver(
+        case.Policy(), engine, case.HOST, grammar="code_steps", sampling=Sampling(), max_tokens=16
+    )
+    chains = []
+
+    def job(name):
+        async def walk():
+            root = driver.open(case.prompt(name))
+            chains.append(await follow(driver, root, (name,), Sampling(), 100))
+
+        return walk
+
+    names = [f"c{number}" for number in range(6)]
+    asyncio.run(driver.run(map(job, names), 4, lambda _: None))
+    assert len(chains) == 6
+    for chain in chains:
+        shown = chain.text.partition("<output>")[2].partition("<")[0]
+        if chain.status == "ok":
+            assert chain.answer == shown == executed(chain.text)
+        assert chain.text == case.TOKENS.tokenizer.decode(chain.token_ids)
+        assert engine.paths[chain.place.node] == tuple(chain.token_ids)
+        assert 0 < chain.written < len(chain.token_ids)
