@@ -4,6 +4,8 @@ import difflib
 
 from ml_collections import ConfigDict
 
+from smallmath_jax.data.rows import NAMES
+
 # mode -> (hub name, family's grammar limits). Any of them can be replaced by --config.model=FOLDER.
 MODELS = {
     "tiny": "tiny",
@@ -72,6 +74,8 @@ def base(task: str, mode: str) -> ConfigDict:
         {
             # Training problems that share text or pictures with these are left out: name what you will evaluate on.
             "decontaminate": () if tiny else ("math500",),
+            # What files, hub and TFDS sets call our fields, where the usual names do not find them; none: ignore it.
+            "fields": {name: "" for name in NAMES},
         }
     )
     config.lora = ConfigDict({"rank": 0, "alpha": 32.0, "targets": "text/layers/.*"})

@@ -7,7 +7,7 @@ import logging
 import pytest
 from PIL import Image
 
-from smallmath_jax.data import converters
+from smallmath_jax.data import converters, problems
 from smallmath_jax.data.converters import (
     BENCHMARKS,
     CONVERTERS,
@@ -170,10 +170,10 @@ def test_openr1_takes_the_shortest_verified_solution(hub, caplog):
         "Apache-2.0",
     )
     for reason in (
-        "no_verified_solution': 2",
-        "no_answer': 1",
-        "broken_solution': 1",
-        "duplicate': 1",
+        "no_verified_solution 2",
+        "no_answer 1",
+        "broken_solution 1",
+        "duplicate 1",
     ):
         assert reason in caplog.text
 
@@ -365,6 +365,7 @@ def test_no_hub_is_told(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(problems, "reachable", lambda endpoint: True)
     with pytest.raises(
         ValueError, match="hf:HuggingFaceH4/MATH-500::test: no route.*check the name, the network"
     ):

@@ -62,7 +62,11 @@ def run(tmp_path):
     write_part(tmp_path, "train.jsonl", [problem("good", "What is 5 - 4?"), planted])
     (tmp_path / "config.json").write_text('{"config": {}}')
     config = ConfigDict(
-        {"seed": 0, "data": {"decontaminate": (str(tmp_path / "bench.jsonl"),)}, "sources": ()}
+        {
+            "seed": 0,
+            "data": {"decontaminate": (str(tmp_path / "bench.jsonl"),), "fields": {}},
+            "sources": (),
+        }
     )
     config.sources = (str(tmp_path / "train.jsonl"),)
     return config, tmp_path

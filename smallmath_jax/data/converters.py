@@ -6,17 +6,15 @@ left out and counted by reason. Worked solutions are written in the think_answer
 
 import dataclasses
 import functools
-import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from smallmath_jax.data.problems import Rows, hub_rows, select
+from smallmath_jax.data.problems import LOG, Rows, hub_rows, select
 from smallmath_jax.data.prompts import GRAMMARS, format_completion
 from smallmath_jax.data.rows import RowError, to_problem
 from smallmath_jax.records import Problem
 
-LOG = logging.getLogger(__name__)
 MATH_CONFIGS = (
     "algebra",
     "counting_and_probability",
@@ -56,18 +54,25 @@ class PublicSet:
     convert: Callable[[Mapping[str, Any]], Problem | Skipped]
 
 
-def load_converted(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """The problems of CONVERTERS[name]. Raises ValueError naming the nearest known name for an unknown one."""
+def load_converted(
+    name: str, limit: int | None = None, seed: int = 0, say: Callable[[str], None] = LOG.info
+) -> list[Problem]:
+    """The problems of CONVERTERS[name]; `say` is told in a line how many rows were left out, by reason.
+
+    Raises ValueError naming the nearest known name for an unknown one.
+    """
     if name not in CONVERTERS:
         raise ValueError(_unknown(name, CONVERTERS, "convert:"))
-    return _load(name, CONVERTERS[name], limit, seed)
+    return _load(name, CONVERTERS[name], limit, seed, say)
 
 
-def load_benchmark(name: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
-    """The problems of BENCHMARKS[name]."""
+def load_benchmark(
+    name: str, limit: int | None = None, seed: int = 0, say: Callable[[str], None] = LOG.info
+) -> list[Problem]:
+    """The problems of BENCHMARKS[name], told like `load_converted`."""
     if name not in BENCHMARKS:
         raise ValueError(_unknown(name, BENCHMARKS, ""))
-    return _load(name, BENCHMARKS[name], limit, seed)
+    return _load(name, BENCHMARKS[name], limit, seed, say)
 
 
 def _unknown(name: str, known: Mapping[str, Any], prefix: str) -> str:
@@ -80,11 +85,14 @@ def _unknown(name: str, known: Mapping[str, Any], prefix: str) -> str:
     )
 
 
-def _load(name: str, public: PublicSet, limit: int | None, seed: int) -> list[Problem]:
+def _load(
+    name: str, public: PublicSet, limit: int | None, seed: int, say: Callable[[str], None]
+) -> list[Problem]:
     parts = [hub_rows(row_source, None, f"hf:{row_source}") for row_source in public.rows]
     problems, left_out = convert_rows(name, public, _joined(parts), limit, seed)
     if left_out:
-        LOG.info("%s: %d problems; left out: %s", name, len(problems), left_out)
+        told = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
+        say(f"{name}: {len(problems)} problems, {sum(left_out.values())} rows left out: {told}")
     return problems
 
 

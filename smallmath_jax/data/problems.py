@@ -9,19 +9,23 @@
 Everything wrong with a source is found here, before any device work.
 """
 
+import contextlib
 import difflib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
 
 from smallmath_jax.data.batches import epoch_order
+from smallmath_jax.data.hub import from_cache, reachable
 from smallmath_jax.data.rows import RowError, to_problem
 from smallmath_jax.records import Problem
 
 FILE_KINDS = (".jsonl", ".json", ".parquet")
 SHOWN_ERRORS = 10
+LOG = logging.getLogger(__name__)
 Row = tuple[str, Any]  # (where it stands: "line 3", what it holds)
 
 
@@ -30,13 +34,14 @@ def load_problems(
     split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    say: Callable[[str], None] = LOG.info,
     **mapping: str | None,
 ) -> list[Problem]:
     """The problems of a source. `limit` draws that many, always the same for a seed, in the source's order.
 
-    `mapping` renames fields (answer="final_answer"; level=None ignores one). Raises ValueError that names file, line,
-    field and what to do for the first bad rows, for ids used twice and for an unknown source, which gets the nearest
-    known name.
+    `mapping` renames fields (answer="final_answer"; level=None ignores one) of files, hub and TFDS sets. `say` is told
+    in a line what a named public set lost on its way. Raises ValueError that names file, line, field and what to do
+    for the first bad rows, for ids used twice and for an unknown source, which gets the nearest known name.
     """
     kind, _, rest = source.partition(":")
     if kind == "tiny":
@@ -44,7 +49,7 @@ def load_problems(
     if kind == "convert":
         from smallmath_jax.data import converters
 
-        return converters.load_converted(rest, limit=limit, seed=seed)
+        return converters.load_converted(rest, limit=limit, seed=seed, say=say)
     if kind == "hf":
         return select(_mapped(source, mapping), hub_rows(rest, split, source), source, limit, seed)
     if kind == "tfds":
@@ -54,7 +59,7 @@ def load_problems(
     from smallmath_jax.data import converters
 
     if source in converters.BENCHMARKS:
-        return converters.load_benchmark(source, limit=limit, seed=seed)
+        return converters.load_benchmark(source, limit=limit, seed=seed, say=say)
     raise ValueError(_unknown_source(source))
 
 
@@ -263,13 +268,22 @@ def _parquet_rows(path: epath.Path) -> Iterator[Row]:
 def hub_rows(name: str, split: str | None, source: str) -> Rows:
     """Rows of hf:NAME[:CONFIG[:SPLIT]], images kept encoded. Raises ValueError naming the splits there are."""
     import datasets
+    from huggingface_hub import constants
 
     name, _, rest = name.partition(":")
     config, _, own_split = rest.partition(":")
     split = split or own_split or None
+    endpoint = constants.ENDPOINT
+    offline = not epath.Path(name).exists() and not reachable(endpoint)
     try:
-        data = datasets.load_dataset(name, config or None, split=split)
+        with from_cache() if offline else contextlib.nullcontext():
+            data = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if offline:
+            raise ValueError(
+                f"{source}: {endpoint} cannot be reached, and the set is not in this machine's cache ({error}); give "
+                "a file (.jsonl, .json, .parquet) with the problems instead, or connect the machine"
+            ) from error
         raise ValueError(
             f"{source}: {error}. The form is hf:NAME:CONFIG:SPLIT; check the name, the network and, for a gated set, "
             "the login"

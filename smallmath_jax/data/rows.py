@@ -106,10 +106,10 @@ def _pick(
         names[field] = found[0] if found else (candidates[0] if candidates else field)
         values[field] = _plain(row[found[0]]) if found else None
         if values[field] is None and field in ("problem", "answer"):
-            wanted = " or ".join(repr(name) for name in candidates)
+            wanted = " or ".join(repr(name) for name in candidates or NAMES[field])
             raise RowError(
                 f"field {wanted}: missing; there are {', '.join(map(str, row)) or 'no fields'}; "
-                f"rename it, or pass {field}=NAME"
+                f"rename it, or give its name as config.data.fields.{field}"
             )
     return names, values
 
@@ -175,7 +175,8 @@ def _level(value: Any, name: str) -> int | None:
     digits = re.fullmatch(r"(?:[Ll]evel\s*)?([1-5])(?:\.0)?", str(value).strip())
     if isinstance(value, bool) or digits is None:
         raise RowError(
-            f"field {name!r}: {value!r} is no level; write 1 to 5 or 'Level 3', or pass level=None to ignore it"
+            f"field {name!r}: {value!r} is no level; write 1 to 5 or 'Level 3', or ignore it with "
+            "config.data.fields.level=none"
         )
     return int(digits[1])
 

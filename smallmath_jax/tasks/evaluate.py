@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from smallmath_jax.data.problems import load_problems
 from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import (
@@ -29,6 +28,7 @@ from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
+from smallmath_jax.tasks.sources import load_sources
 from smallmath_jax.train.loop import Progress, StopSignal
 from smallmath_jax.verify.grader import Grader
 
@@ -52,20 +52,12 @@ def run(config: Any, workdir: str) -> None:
 
 def load_evaluation_problems(config: Any) -> list[Problem]:
     """All problems of `config.eval.problems`, `limit` a source, ids unique across sources."""
-    problems: list[Problem] = []
-    for source in config.eval.problems:
-        found = load_problems(source, limit=config.eval.limit or None)
-        name = (
-            source if source.startswith("tiny") else epath.Path(source).name.removesuffix(".jsonl")
-        )
-        problems += [
-            dataclasses.replace(p, source=p.source or name, meta={**p.meta, "set": name})
-            for p in found
-        ]
-    ids = [problem.id for problem in problems]
-    if len(set(ids)) < len(ids):  # two sources may number their problems alike
-        problems = [dataclasses.replace(p, id=f"{p.meta['set']}/{p.id}") for p in problems]
-    return problems
+    found = load_sources(config.eval.problems, config, "eval.problems", config.eval.limit)
+    return [
+        dataclasses.replace(p, source=p.source or name, meta={**p.meta, "set": name})
+        for name, problems in found.items()
+        for p in problems
+    ]
 
 
 def evaluate(

@@ -71,7 +71,9 @@ def run(config: Any, workdir: str) -> None:
 def load_grpo_problems(config: Any, folder: Any) -> list[Problem]:
     """The problems of `config.grpo`. Raises ValueError when they or the sampling settings cannot be trained on."""
     _check_sampling(config.grpo.sampling)
-    problems = training_problems(config.grpo.data, config.grpo.problems, config, folder)
+    problems = training_problems(
+        config.grpo.data, config.grpo.problems, config, folder, "grpo.data"
+    )
     if len(problems) < config.grpo.prompts:
         raise ValueError(
             f"grpo.data: {len(problems)} problems in {list(config.grpo.data)}, fewer than one step's "

@@ -1,8 +1,10 @@
 """Supervised fine-tuning on worked solutions: alone, or as the cold start of GRPO (Small-Math-R1, section 3.2.1)."""
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -133,14 +135,14 @@ def load_lessons(
     from that step on a share `terse_share` of them with terse ones.
     """
     settings = config.sft
-    problems = training_problems(settings.data, settings.problems, config, folder)
+    problems = training_problems(settings.data, settings.problems, config, folder, "sft.data")
     kept, prompts, left_out = prompts_for(problems, policy, config, prefix="")
     shares = [0.0, settings.terse_share] if settings.worked_steps else [settings.terse_share]
     lessons = []
     for share in shares:
         texts = [solution_text(problem, config, share) for problem in kept]
         taught = [
-            (problem, make_sequence(prompt, completion_ids(text, policy.tokens)))
+            (problem, make_sequence(prompt, solution_ids(problem, text, policy)))
             for problem, prompt, text in zip(kept, prompts, texts, strict=True)
             if text is not None
         ]
@@ -170,13 +172,33 @@ def pack_lessons(taught: list[tuple[Problem, Sequence]], policy: Policy, setting
 
 
 def solution_text(problem: Problem, config: Any, terse_share: float) -> str | None:
-    """The completion to learn, in the config's grammar. Embedded problems have a style drawn by the problem's id."""
+    """The completion to learn, in the config's grammar; None without a solution.
+
+    Embedded problems have a style drawn by the problem's id. Raises ValueError naming the problem whose solution the
+    grammar cannot hold.
+    """
     if is_embedded(problem):
         terse = draw_key(config.seed, "style", problem.id)[0] / 2**32 < terse_share
         return worked_solution(problem, config.prompt.grammar, "terse" if terse else "worked")
     if not problem.solution:
         return None
-    return format_completion(problem.solution, problem.answer, GRAMMARS[config.prompt.grammar])
+    with _named(problem):
+        return format_completion(problem.solution, problem.answer, GRAMMARS[config.prompt.grammar])
+
+
+def solution_ids(problem: Problem, text: str, policy: Policy) -> np.ndarray:
+    """Ids of a completion to learn, int32 [N]. Raises ValueError naming the problem if no policy could sample them."""
+    with _named(problem):
+        return completion_ids(text, policy.tokens)
+
+
+@contextlib.contextmanager
+def _named(problem: Problem) -> Iterator[None]:
+    """Says of which problem a ValueError is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"problem {problem.id!r}: {error}") from error
 
 
 def announce(lessons: Lessons, left_out: dict[str, int]) -> None:

@@ -1,31 +1,29 @@
-"""The problems a run trains on, without those of the benchmarks its config names."""
+"""The problems a run trains on or is measured on, from the sources its config names."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from smallmath_jax.data.decontaminate import decontaminate
-from smallmath_jax.data.problems import load_problems
+from smallmath_jax.data.problems import FILE_KINDS, load_problems
 from smallmath_jax.records import Problem
 from smallmath_jax.tasks import runs
 
 
 def training_problems(
-    sources: Sequence[str], limit: int, config: Any, folder: epath.Path
+    sources: Sequence[str], limit: int, config: Any, folder: epath.Path, field: str = "problems"
 ) -> list[Problem]:
-    """All problems of `sources`, at most `limit` of each (0: all), drawn by the config's seed.
+    """All problems of `sources` (config field `field`), at most `limit` of each (0: all), drawn by the config's seed.
 
     Those that share text or a picture with a problem of `config.data.decontaminate` (sources too: files, benchmark
     names) are left out; the run's output and `training_data` in its config.json say how many, by benchmark. `folder`
     is the run's or its stage's. Raises ValueError for a bad source, and when nothing is left.
     """
-    problems = [
-        problem
-        for source in sources
-        for problem in load_problems(source, limit=limit or None, seed=config.seed)
-    ]
-    benchmarks = {name_of(source): load_problems(source) for source in config.data.decontaminate}
+    found = load_sources(sources, config, field, limit, config.seed)
+    problems = [problem for part in found.values() for problem in part]
+    benchmarks = load_sources(config.data.decontaminate, config, "data.decontaminate")
     kept, shared = decontaminate(problems, benchmarks)
     if shared:
         runs.say(
@@ -42,6 +40,51 @@ def training_problems(
     return kept
 
 
+def load_sources(
+    sources: Sequence[str], config: Any, field: str, limit: int = 0, seed: int = 0
+) -> dict[str, list[Problem]]:
+    """name -> problems of each source, fields named by `config.data.fields`; ids are unique over all of them.
+
+    Raises ValueError naming the config field that gave the source, and what is wrong with it.
+    """
+    mapping = {
+        ours: None if theirs in (None, "none") else theirs
+        for ours, theirs in config.data.fields.items()
+        if theirs != ""
+    }
+    found = {}
+    for name, source in zip(distinct_names(sources), sources, strict=True):
+        try:
+            found[name] = load_problems(
+                source, limit=limit or None, seed=seed, say=runs.say, **mapping
+            )
+        except ValueError as error:
+            raise ValueError(f"config.{field}: {error}") from error
+    ids = [problem.id for problems in found.values() for problem in problems]
+    if len(set(ids)) < len(ids):  # two sources may number their problems alike
+        found = {
+            name: [dataclasses.replace(problem, id=f"{name}/{problem.id}") for problem in problems]
+            for name, problems in found.items()
+        }
+    return found
+
+
+def distinct_names(sources: Sequence[str]) -> list[str]:
+    """A short name for each source; of several that would have the same, the later ones are numbered: test, test-2."""
+    names: list[str] = []
+    plain = [name_of(source) for source in sources]
+    for name in plain:
+        number, chosen = 1, name
+        while chosen in names or (number > 1 and chosen in plain):
+            number += 1
+            chosen = f"{name}-{number}"
+        names.append(chosen)
+    return names
+
+
 def name_of(source: str) -> str:
-    """A source's short name: a file's without folder and ending, else the source itself."""
-    return epath.Path(source).stem if "/" in source else source
+    """A source's short name: a file's without folder and ending, else the source itself without folder."""
+    path = epath.Path(source)
+    if source.lower().endswith(FILE_KINDS):
+        return path.stem
+    return path.name if "/" in source else source
