@@ -11,7 +11,11 @@ from sandbox_case import run, run_all, small
 
 from smallmath_jax.verify.sandbox import start_sandbox
 
-TIERS = {"strongest": "", "without namespaces": "T2"}
+# The weaker tier repeats every attack: in the full CI.
+TIERS = [
+    pytest.param("", id="strongest"),
+    pytest.param("T2", id="without-namespaces", marks=pytest.mark.full),
+]
 # What an attack prints when it came through; a refusal is any exception.
 TRY = """
 def attempt(name, action):
@@ -36,7 +40,7 @@ def call(x86, arm, *arguments):
 
 @pytest.fixture(scope="module", params=TIERS)
 def sandbox(request):
-    with start_sandbox(small(tier=TIERS[request.param])) as started:
+    with start_sandbox(small(tier=request.param)) as started:
         yield started
 
 
