@@ -91,6 +91,7 @@ class Sandbox:
             )
         ticket = self._next
         self._add(prefix, code, lambda result: self._finished.append((ticket, result)))
+        self._send()
         return ticket
 
     def poll(self, seconds: float = 0.0) -> list[tuple[int, Result]]:
