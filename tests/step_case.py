@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smallmath_jax.data.batches import Sequence, collate, pack, stack_microbatches
+from smallmath_jax.data.batches import Sequence, collate, pack
 from smallmath_jax.data.images import ImageSettings
 from smallmath_jax.data.positions import mrope_positions
 from smallmath_jax.models.config import tiny_config
@@ -83,7 +83,8 @@ def layout(sequences, row_length, microbatches=1, rows=0, packed=True, row_patch
     batch = collate(
         [[sequences[i] for i in row] for row in plan], row_length, row_patches, IMAGES, IMAGE, VIDEO
     )
-    return stack_microbatches(batch, microbatches)
+    stack = lambda x: x.reshape(microbatches, len(x) // microbatches, *x.shape[1:])
+    return jax.tree.map(stack, batch)
 
 
 def optimizer(**changes):

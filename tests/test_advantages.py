@@ -114,31 +114,6 @@ def test_bad_input_is_named():
         adv.advantages([1.0, 2.0], [0])
 
 
-def test_gates_act_only_where_correctness_is_constant():
-    #            all wrong (lengths cost)          mixed
-    rewards = [-1.1, -1.4, -3.0, -1.2, 2.3, -1.4]
-    length = [-0.1, -0.4, 0.0, -0.2, 0.3, -0.4]
-    correct = [False, False, False, False, True, False]
-    groups = [0, 0, 0, 0, 1, 1]
-    found, gated = adv.gate_rewards(rewards, length, correct, groups)
-    np.testing.assert_allclose(found, [-1.175, -1.175, -3.175, -1.175, 2.3, -1.4])
-    np.testing.assert_array_equal(gated, [True] * 4 + [False] * 2)
-    advantages = adv.advantages(found, groups, eps=0.0)
-    assert advantages[0] == advantages[1] == advantages[3] > 0 > advantages[2]
-    found, _ = adv.gate_rewards(rewards, length, correct, groups, gate="outcome")
-    assert (adv.advantages(found, groups, eps=0.0)[:4] == 0).all()
-    same, gated = adv.gate_rewards(rewards, length, correct, groups, gate="none")
-    assert list(same) == rewards and not gated.any()
-    # One format, one verdict: after the gate nothing is left to teach, exactly.
-    found, _ = adv.gate_rewards([-1.1, -1.3, -1.7], [-0.1, -0.3, -0.7], [False] * 3, [0, 0, 0])
-    assert (adv.advantages(found, [0, 0, 0], eps=0.0) == 0).all()
-
-
-def test_teaching_groups():
-    found = adv.teaching_groups([1, 0, 1, 1, 0, 5], [3, 3, 9, 9, 4, 4], [1, 1, 1, 1, 1, 0])
-    np.testing.assert_array_equal(found, [True, True, False, False, False, False])
-
-
 def test_pair_weights():
     np.testing.assert_allclose(adv.pair_weights([2, 1], [2, 4], problems=2), [1 / 8, 1 / 8])
 

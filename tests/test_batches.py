@@ -16,7 +16,6 @@ from smallmath_jax.data.batches import (
     plan_rows,
     sft_rows,
     shard_rows,
-    stack_microbatches,
     step_rows,
 )
 from smallmath_jax.data.images import ImageSettings, vision_row
@@ -276,19 +275,10 @@ def test_plans_drop_or_refuse_what_is_too_long_and_refuse_an_empty_mask():
         sft_rows(half.__getitem__, plan, 0, empty)
 
 
-def test_cutting_for_hosts_and_microbatches():
+def test_cutting_for_hosts():
     assert shard_rows([1, 2, 3, 4], 1, 2) == [3, 4]
     with pytest.raises(ValueError, match="3 rows a step cannot be shared by 2 hosts"):
         shard_rows([1, 2, 3], 0, 2)
-    batch = {
-        "tokens": np.arange(24).reshape(4, 6),
-        "vision": {"pixels": np.arange(8).reshape(4, 2)},
-    }
-    stacked = stack_microbatches(batch, 2)
-    assert stacked["tokens"].shape == (2, 2, 6) and stacked["vision"]["pixels"].shape == (2, 2, 2)
-    np.testing.assert_array_equal(stacked["tokens"].reshape(4, 6), batch["tokens"])
-    with pytest.raises(ValueError, match="4 rows cannot be cut into 3 equal microbatches"):
-        stack_microbatches(batch, 3)
 
 
 def test_thousands_of_short_sequences_a_second():

@@ -186,7 +186,7 @@ def test_lora_trains_only_its_own_leaves():
 def test_pi_old_recomputed_before_the_update_gives_ratio_one():
     model, batch = case.make_model(), text_batch(microbatches=1)
     flat = jax.tree.map(lambda x: x[0], batch)
-    old = np.asarray(steps.make_log_prob_fn(COMPUTE)(model, flat))
+    old = np.asarray(jax.jit(lambda m, b: steps.score_batch(m, b, COMPUTE).log_probs)(model, flat))
     recomputed = batch | {"old_log_probs": old[None]}
     _, metrics = case.gradient(model, recomputed, compute=COMPUTE, settings={})
     assert float(metrics["clip_ratio/region_mean"]) == 0

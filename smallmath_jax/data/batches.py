@@ -318,18 +318,3 @@ def shard_rows(rows: list[Any], host: int, hosts: int) -> list[Any]:
         )
     share = len(rows) // hosts
     return rows[host * share : (host + 1) * share]
-
-
-def stack_microbatches(batch: dict[str, Any], microbatches: int) -> dict[str, Any]:
-    """[B, ...] -> [A, B / A, ...] in every array. Raises ValueError when A does not divide B."""
-
-    def stack(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: stack(part) for name, part in value.items()}
-        if len(value) % microbatches:
-            raise ValueError(
-                f"{len(value)} rows cannot be cut into {microbatches} equal microbatches; change rows or accumulation"
-            )
-        return value.reshape(microbatches, len(value) // microbatches, *value.shape[1:])
-
-    return {name: stack(value) for name, value in batch.items()}

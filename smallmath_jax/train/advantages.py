@@ -10,7 +10,6 @@ import numpy as np
 
 DENOMINATORS = ("group", "printed", "sequence", "batch", "constant")
 SCALES = ("group_std", "batch_std", "none")
-GATES = ("none", "outcome", "component")
 
 
 def advantages(
@@ -97,41 +96,6 @@ def pair_weights(positives: Any, negatives: Any, problems: int = 1) -> np.ndarra
     return 1.0 / (np.asarray(positives, float) * np.asarray(negatives, float) * problems)
 
 
-def gate_rewards(
-    rewards: Any,
-    length_part: Any,
-    correct: Any,
-    group_ids: Any,
-    valid: Any = None,
-    *,
-    gate: str = "component",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards in groups whose correctness is constant, where a length term alone would make a full-size gradient.
-
-    gate: "component" replaces the length part by its group mean there (format still teaches, length does not);
-    "outcome" replaces the whole reward by its mean (nothing teaches); "none" changes nothing.
-
-    Args:
-        rewards: [N] totals.
-        length_part: [N] what the length adds to the total, with its sign (negative in a wrong answer of `paper`).
-        correct: bool [N].
-
-    Returns:
-        rewards float64 [N], and bool [N]: the completion's group was gated.
-    """
-    _known("gate", gate, GATES)
-    rewards, group, valid = _aligned(rewards, group_ids, valid)
-    length_part = np.where(valid, np.asarray(length_part, float), 0.0)
-    gated = valid & constant_groups(np.asarray(correct, float), group, valid)[group]
-    if gate == "none":
-        return rewards, np.zeros_like(gated)
-    part = rewards if gate == "outcome" else length_part
-    mean = _sums(part, group) / np.maximum(_sums(valid, group), 1)
-    # Rounded: equal rests must stay equal, or their differences of 1e-16 would be scaled up by the std.
-    rest = np.round(rewards - part, 9)
-    return np.where(gated, rest + mean[group], rewards), gated
-
-
 def constant_groups(values: Any, group_ids: Any, valid: Any = None) -> np.ndarray:
     """bool, by sorted unique group id: all valid members have the same value (true with fewer than two)."""
     values, group, valid = _aligned(values, group_ids, valid)
@@ -140,12 +104,6 @@ def constant_groups(values: Any, group_ids: Any, valid: Any = None) -> np.ndarra
     np.minimum.at(low, group[valid], values[valid])
     np.maximum.at(high, group[valid], values[valid])
     return low >= high
-
-
-def teaching_groups(rewards: Any, group_ids: Any, valid: Any = None) -> np.ndarray:
-    """bool [N]: the completion's group has two different rewards. Dropping the others is optional: they have A = 0."""
-    group = np.unique(np.asarray(group_ids), return_inverse=True)[1]
-    return ~constant_groups(rewards, group_ids, valid)[group]
 
 
 def batch_metrics(

@@ -185,15 +185,6 @@ def accumulate(
     return gradient, {name: losses.reduce_metric(metric) for name, metric in metrics.items()}
 
 
-def make_log_prob_fn(compute: Compute) -> Callable[[QwenVL, Batch], Array]:
-    """A jitted f(model, batch) -> log_probs float32 [B, T] of one microbatch, without leading axis or gradient.
-
-    The trainer's own old_log_probs (before the first update, mu > 1) and reference_log_probs: the same pass as in
-    the loss, so the first ratio is 1.
-    """
-    return jax.jit(lambda model, batch: score_batch(model, batch, compute).log_probs)
-
-
 def score_batch(model: QwenVL, batch: Batch, compute: Compute) -> losses.TokenScores:
     """TokenScores of the tokens that have weight, through the chunked head."""
     hidden = _hidden(model, batch, compute)
