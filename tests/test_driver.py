@@ -99,6 +99,17 @@ def _raise():
     raise RuntimeError("the sandbox has failed")
 
 
+def test_a_driver_runs_again_after_waiting_for_programs():
+    async def slow(prefix, code):
+        await asyncio.sleep(0.01)
+        return await case.run_program(prefix, code)
+
+    driver = make_driver(case.ScriptedEngine(), dataclasses.replace(case.HOST, run_program=slow))
+    first, _ = searched(driver, NAMES[:2], SETTINGS, 2)
+    second, _ = searched(driver, NAMES[:2], SETTINGS, 2)
+    assert first == second
+
+
 def test_a_path_without_room_ends_there():
     tree = searched(make_driver(case.ScriptedEngine(cache_length=14)), ["p0"], SETTINGS, 1)[0]["p0"]
     assert tree.stopped == "exhausted" and not any(n.kind == "answer" for n in tree.nodes)

@@ -197,7 +197,9 @@ class Driver:
         """Runs all jobs, at most `in_flight` at a time; `finished` gets each one's result as it comes.
 
         Returns False when `stop` said so: then what was under way is dropped. Raises what a job or the sandbox raises.
+        May be called again, on another event loop.
         """
+        self._wake = asyncio.Event()
         asyncio.get_running_loop().set_exception_handler(self._break)
         waiting, running = iter(jobs), set()
         try:
