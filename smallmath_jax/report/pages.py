@@ -64,9 +64,9 @@ def write_report(
     """
     root = epath.Path(workdir)
     evaluations = find_evaluations(root)
-    for other in compare:
-        for name, found in find_evaluations(epath.Path(other)).items():
-            evaluations[f"{epath.Path(other).name}: {name}"] = found
+    for label, other in _labels(compare).items():
+        for name, found in find_evaluations(other).items():
+            evaluations[f"{label}: {name}"] = found
     training = {
         stage: sorted(read_parts(folder), key=lambda row: row["step"])
         for stage, folder in (("sft", root / "sft" / "metrics"), ("train", root / "metrics"))
@@ -84,6 +84,17 @@ def write_report(
     write_text(root / "report" / "index.html", text)
     pictures.write(root / "report" / "plots")
     return record
+
+
+def _labels(workdirs: Iterable[str]) -> dict[str, epath.Path]:
+    """label -> workdir: the shortest ends of their paths that tell them apart."""
+    folders = [epath.Path(name) for name in dict.fromkeys(str(epath.Path(w)) for w in workdirs)]
+    longest = max((len(folder.parts) for folder in folders), default=0)
+    for count in range(1, longest + 1):
+        labels = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            break
+    return dict(zip(labels, folders, strict=True)) if folders else {}
 
 
 class Pictures:

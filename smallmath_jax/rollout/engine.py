@@ -22,6 +22,7 @@ import numpy as np
 from smallmath_jax.data.images import ImageSettings, token_index
 from smallmath_jax.models.config import ModelConfig
 from smallmath_jax.models.qwen_vl import QwenVL
+from smallmath_jax.models.tree import bits_digest
 from smallmath_jax.records import Prompt, Sampling
 from smallmath_jax.rollout import programs
 from smallmath_jax.rollout.pool import Pool, Programs, mesh_of
@@ -284,6 +285,10 @@ class Engine:
         self._slots, pages = run(programs.make_caches, shape)
         self._pool.reset(self._weights, pages)
         self.version = version
+
+    def weights_digest(self) -> str:
+        """Names the policy that samples: equal for the same weights to the bit, whatever devices hold them."""
+        return bits_digest(self._weights)
 
     def counters(self) -> dict[str, float]:
         """Totals since the engine was made; `nodes`, `pages`, `waiting` and `running` are of this moment.

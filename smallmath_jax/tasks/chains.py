@@ -18,7 +18,7 @@ from smallmath_jax.search import steps
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import LiveNode
 from smallmath_jax.tasks.driver import Driver, Meter, Place
-from smallmath_jax.tasks.evaluate import image_link
+from smallmath_jax.tasks.evaluate import image_links
 from smallmath_jax.tasks.policy import with_pixels
 from smallmath_jax.tasks.search import Parts
 from smallmath_jax.train.loop import Progress, StopSignal
@@ -203,7 +203,7 @@ async def _row(
         level=problem.level,
         subject=problem.subject,
         template=problem.template,
-        images=tuple(image_link(image) for image in problem.images),
+        images=image_links(problem.images, sample),
         extra={
             "decoding": how,
             "set": problem.meta.get("set", problem.source),

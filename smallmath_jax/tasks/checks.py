@@ -67,6 +67,7 @@ def check(config: Any) -> None:
         *_lengths(config),
         _patches(config),
         *_updates(config),
+        *_evaluation(config),
     ]
     wrong = [line for line in wrong if line]
     if wrong:
@@ -128,6 +129,28 @@ def _patches(config: Any) -> str:
         f"config.grpo.row_patches is {room}, fewer than the patches of one prompt, vision.max_patches = {most}; "
         "raise grpo.row_patches or lower vision.max_patches"
     )
+
+
+def _evaluation(config: Any) -> list[str]:
+    """What an evaluation is asked to report must be among what it samples."""
+    samples, greedy = get(config, "eval.samples"), get(config, "eval.greedy")
+    if samples is None or greedy is None:
+        return []
+    lines = []
+    asked = {"greedy": bool(greedy), "sampled": samples > 0}
+    headline = get(config, "eval.headline")
+    if headline in asked and not asked[headline]:
+        lines.append(
+            f"config.eval.headline is {headline!r}, and eval.greedy = {bool(greedy)}, eval.samples = {samples} ask for "
+            "no such answers; change the headline or ask for them"
+        )
+    sizes = tuple(get(config, "eval.k") or ())
+    if any(size < 1 or size > max(samples, 1) for size in sizes):
+        lines.append(
+            f"config.eval.k is {sizes}, and pass@k needs 1 <= k <= eval.samples = {samples}; raise eval.samples or "
+            "lower k"
+        )
+    return lines
 
 
 def _updates(config: Any) -> list[str]:

@@ -2,13 +2,16 @@
 
 import base64
 import dataclasses
+import functools
+import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
@@ -25,7 +28,8 @@ from smallmath_jax.records import (
 )
 from smallmath_jax.report import metrics, pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
-from smallmath_jax.tasks import runs
+from smallmath_jax.tasks import identity, runs
+from smallmath_jax.tasks.driver import same_answer
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
 from smallmath_jax.tasks.sources import load_sources
@@ -33,6 +37,7 @@ from smallmath_jax.train.loop import Progress, StopSignal
 from smallmath_jax.verify.grader import Grader
 
 PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
+IN_SAMPLE_0 = "in sample 0"  # in place of an encoded picture
 
 
 def run(config: Any, workdir: str) -> None:
@@ -40,14 +45,28 @@ def run(config: Any, workdir: str) -> None:
     with runs.open_run(config, workdir) as this_run:
         mesh = make_mesh(config)
         problems = load_evaluation_problems(config)
+        check_compared(config.compare)
+        source = identity.source_of(config)
         policy = load_policy(config, mesh)
         engine = make_engine(policy, config)
         with StopSignal() as stop:
-            result = evaluate(policy, engine, problems, config, this_run.workdir, stop=stop)
+            result = evaluate(
+                policy, engine, problems, config, this_run.workdir, stop=stop, source=source
+            )
         pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
         runs.say(
             f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html"
         )
+
+
+def check_compared(workdirs: Iterable[str]) -> None:
+    """Raises ValueError naming the first of `config.compare` that holds no finished evaluation."""
+    for workdir in workdirs:
+        if not pages.find_evaluations(epath.Path(workdir)):
+            raise ValueError(
+                f"config.compare: {workdir} has no finished evaluation (no result.json in it or in its eval/ folders); "
+                "give the workdir of an evaluation or a training run that has run to its end"
+            )
 
 
 def load_evaluation_problems(config: Any) -> list[Problem]:
@@ -69,9 +88,12 @@ def evaluate(
     prefix: str | None = None,
     step: int = 0,
     stop: StopSignal | None = None,
+    source: str = "",
 ) -> dict[str, Any]:
     """Samples and grades every problem once; continues where an earlier call on `folder` stopped.
 
+    What another policy, or other prompts or settings, left in `folder` is dropped first; `source` tells people where
+    this policy comes from.
     After a signal to `stop` it leaves with the signal's exit code once the part under way is on disk.
 
     Returns:
@@ -80,6 +102,8 @@ def evaluate(
     folder = epath.Path(folder)
     host = hosts.host_index()
     kept, prompts, dropped = prompts_for(problems, policy, config, prefix)
+    source = source or f"the policy of {folder}"
+    identity.keep_or_drop(folder, identity.identity_of(engine, kept, prompts, config, source))
     done = {row["problem_id"] for row in read_parts(folder / "completions")}
     mine = [
         (problem, prompt)
@@ -126,7 +150,9 @@ def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[s
         raise ValueError(
             f"{folder}: no problem could be evaluated; left out: {dropped or 'nothing'}"
         )
-    result = metrics.summarise(rows, headline=config.eval.headline, k=tuple(config.eval.k))
+    result = metrics.summarise(
+        rows, config.eval.headline, tuple(config.eval.k), functools.cache(same_answer)
+    )
     result["left_out"] = dropped
     if hosts.host_index() == 0:
         write_text(folder / "result.json", to_json(result))
@@ -217,12 +243,21 @@ def completion_row(
         level=problem.level,
         subject=problem.subject,
         template=problem.template,
-        images=tuple(image_link(image) for image in problem.images),
+        images=image_links(problem.images, sample),
         extra=(extra or {}) | several,
     )
 
 
+def image_links(images: Sequence[str | bytes], sample: int) -> tuple[str, ...]:
+    """A row's pictures. An encoded one is written once a group, into sample 0; the others say that it lies there."""
+    links = (image_link(image) for image in images)
+    return tuple(IN_SAMPLE_0 if sample and link.startswith("data:") else link for link in links)
+
+
 def image_link(image: str | bytes) -> str:
-    if isinstance(image, bytes):
-        return "data:image/png;base64," + base64.b64encode(image).decode()
-    return str(image)
+    """A picture's path, or the data: URL of an encoded one."""
+    if not isinstance(image, bytes):
+        return str(image)
+    with Image.open(io.BytesIO(image)) as opened:
+        kind = Image.MIME.get(opened.format, "application/octet-stream")
+    return f"data:{kind};base64,{base64.b64encode(image).decode()}"
