@@ -85,6 +85,34 @@ def test_templates_byte_for_byte(tokens):
     assert text("rstar_search", plain, grammar=CODE) == f"<|user|>:\nTEXT\n{ask}\n\n<|assistant|>: "
 
 
+# As in Qwen/Qwen2.5-VL-3B-Instruct's chat_template.json, without its video branch.
+QWEN_VL_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
+    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "chat", [QWEN_VL_TEMPLATE, *(CHATS[name] for name in ("qwen", "qwen_math", "bare"))]
+)
+def test_no_system_turn_where_the_config_says_none(tokens, chat):
+    own = dataclasses.replace(tokens, chat=chat, instruct=True)
+    for problem, user in (
+        (Problem("p", "TEXT", "1"), "TEXT"),
+        (Problem("p", "TEXT", "1", images=(picture(),)), f"{IMAGE}TEXT"),
+    ):
+        text = prompt(problem, own, system="").text
+        assert text == f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+        told = prompt(problem, own, system="Be brief.").text
+        assert told == f"<|im_start|>system\nBe brief.<|im_end|>\n{text}"
+    default = prompt(problem, own, grammar=dataclasses.replace(THINK, system="")).text
+    assert default.startswith("<|im_start|>system\n") == (chat != CHATS["bare"])
+
+
 def test_image_marks_expand_where_they_stand(tokens):
     problem = Problem(
         "p", "left <image> right <image> end", "1", images=(picture(), picture(56, 56))

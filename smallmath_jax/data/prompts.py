@@ -68,6 +68,13 @@ class Grammar:
     render: Callable[[str, str], str]
 
 
+# The system turn that a tokenizer's own template writes although none was given (Qwen's do), behind a begin mark.
+_SYSTEM_TURN = re.compile(
+    r"\A((?:<s>|<\|begin_of_text\|>)?)"
+    r"(?:<\|im_start\|>system\n.*?<\|im_end\|>\n|<\|system\|>\n.*?<\|end\|>\n"
+    r"|<\|start_header_id\|>system<\|end_header_id\|>.*?<\|eot_id\|>)",
+    re.DOTALL,
+)
 THINK_ANSWER = re.compile(
     r"\A\s*<think>(.*?)</think>\s*(?:<answer>(.*?)</answer>)?\s*\Z", re.DOTALL
 )
@@ -292,13 +299,14 @@ def _render(problem: Problem, tokens: Tokens, grammar: Grammar, system: str | No
     messages: list[dict[str, Any]] = [{"role": "user", "content": _content(problem, text, tokens)}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    return tokens.tokenizer.apply_chat_template(
+    rendered = tokens.tokenizer.apply_chat_template(
         messages,
         chat_template=tokens.chat,
         tokenize=False,
         add_generation_prompt=True,
         no_system=no_system,
     )
+    return _SYSTEM_TURN.sub(lambda found: found[1], rendered) if no_system else rendered
 
 
 def _check_text(problem_id: str, text: str, tokens: Tokens) -> None:
