@@ -23,16 +23,17 @@ def bootstrap(mode: str) -> ConfigDict:
     settings.solutions = 2000 if tiny else 0
     settings.noise = 0.5  # share of them with a wrong number or operator
     settings.problems_seed = 101  # of the embedded problems it learns from
-    settings.update(_sft(mode, steps=700))
+    settings.update(_sft(mode))
+    settings.steps = 700 if tiny else 0
     return settings
 
 
-def _sft(mode: str, steps: int) -> ConfigDict:
+def _sft(mode: str) -> ConfigDict:
     """An optimiser, packing and length; design section 4, SFT column of seed 003."""
     tiny = mode == "tiny"
     settings = ConfigDict()
-    settings.steps = steps if tiny else 0  # 0: from epochs
-    settings.epochs = 2
+    settings.steps = 0  # 0: from epochs
+    settings.epochs = 8 if tiny else 2
     settings.worked_steps = 0
     settings.rows = 12 if tiny else 128  # packed rows a step
     settings.row_length = 128 if tiny else 4096
@@ -71,14 +72,14 @@ def get_config(mode=None):
     config.evolve = evolve = ConfigDict()
     evolve.rounds = len(ROUNDS)
     evolve.rollouts = tuple(PRESETS[name].rollouts for name in ROUNDS)
-    evolve.candidates = (5, 8, 8, 8) if tiny else tuple(PRESETS[name].candidates for name in ROUNDS)
+    evolve.candidates = (5, 6, 6, 6) if tiny else tuple(PRESETS[name].candidates for name in ROUNDS)
     evolve.guidance = tuple(PRESETS[name].guidance for name in ROUNDS)
     evolve.more = EXTRA_ROLLOUTS  # rollouts that unsolved problems go on to
     evolve.more_from = 4  # the first round that does
     evolve.more_seeds = (
         1  # trees an unsolved problem gets then: the first goes on, the others are new
     )
-    evolve.more_problems = 60 if tiny else 0  # at most as many of them; 0: all
+    evolve.more_problems = 30 if tiny else 0  # at most as many of them; 0: all
     evolve.control = (
         tiny  # also search what is unsolved once more with a new seed and no more rollouts
     )
@@ -105,26 +106,28 @@ def get_config(mode=None):
     if tiny:
         config.search.max_depth = 12
     config.in_flight = 0
-    config.sft = _sft(mode, steps=350)
+    config.sft = _sft(mode)
     if tiny:
         config.sft.optimizer.learning_rate = 1.5e-3
         config.sft.optimizer.muon_learning_rate = 0.01
     config.pairs = ppm.pair_settings(mode)
     config.ppm = ppm.ppm_settings(mode)
     if tiny:
-        config.ppm.steps = 200
+        config.ppm.epochs = 2
 
     config.eval = common.evaluation(mode)
     config.eval.problems = ("tiny:test",) if tiny else ("math500", "aime2024", "amc23")
     config.eval.limit = 500 if tiny else 0
     config.eval.samples = 8
-    config.eval.final_samples = 32 if tiny else 64  # after the last round, for the scaling curve
-    config.eval.search_problems = 150 if tiny else 0  # problems searched after a round; 0: all
-    config.eval.final_search_problems = 500 if tiny else 0
+    config.eval.final_samples = 16 if tiny else 64  # after the last round, for the scaling curve
+    config.eval.search_problems = 100 if tiny else 0  # problems searched after a round; 0: all
+    config.eval.final_search_problems = 300 if tiny else 0
     config.eval.sampling.max_tokens = 80 if tiny else 2048
     config.eval.search = search.settings_of(preset("test"))
     if tiny:
         config.eval.search.update({"rollouts": 8, "candidates": 8, "max_depth": 12})
+        # Scores of a small PPM lie near 0: less exploration, and the policy's own probability beside it
+        config.eval.search.update({"exploration": 0.5, "prior": 2.0})
     config.sandbox = search.sandbox()
     if tiny:
         config.sandbox.modules = ()

@@ -155,6 +155,32 @@ def test_the_weight_of_a_ballot_is_the_odds_of_its_score():
     assert measures.best_ballot([], measures.MAJORITY) is None
 
 
+def leaf_tree(*leaves):
+    """A graded tree whose answers hang below the root: (answer, score, log_prob, rollout, right)."""
+    nodes = [Node("0", "", [], 0, 0.0, "root", len(leaves), 0.0)]
+    for number, (answer, score, log_prob, rollout, right) in enumerate(leaves, 1):
+        node = Node(f"0.{number}", "", [1], 1, log_prob, "answer", 1, score, score, answer)
+        verdict = "correct" if right else "wrong"
+        nodes.append(dataclasses.replace(node, verdict=verdict, rollout=rollout))
+    best = max(nodes[1:], key=lambda node: node.score)
+    return Tree("p", "", "1", nodes, chosen=best.tag, rollouts=4, tokens=40)
+
+
+def test_answers_of_a_search_vote_by_odds_and_probability():
+    tree = leaf_tree(
+        ("2", 0.30, -9.0, 0, False), ("1", 0.25, -1.0, 1, True), ("2", 0.28, -9.0, 3, False)
+    )
+    found = measures.search_measures([tree])
+    assert found["search_accuracy"]["accuracy"] == 1.0
+    assert found["search_choice"]["accuracy"] == found["search_majority"]["accuracy"] == 0.0
+    assert found["search_coverage"]["accuracy"] == 1.0 and found["search_answers"] == 3
+    curves = measures.search_scaling([tree])
+    points = curves[measures.SEARCH_VOTE]
+    assert [one["accuracy"] for one in points] == [0.0, 1.0, 1.0]
+    assert [one["trajectories"] for one in points] == [1, 2, 3]
+    assert [one["tokens"] for one in points] == [20.0, 30.0, 40.0]
+
+
 def test_scaling_counts_samples_and_tokens():
     curves = measures.scaling(ROWS, [], 2)
     points = curves[measures.MAJORITY]

@@ -5,11 +5,12 @@ saw a gold answer; their answers are graded here, afterwards.
 """
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from smallmath_jax.records import Node, Tree
+from smallmath_jax.records import Tree
 from smallmath_jax.report.metrics import accuracy, by, wilson
 from smallmath_jax.search.vote import Ballot, leaf_ballots, vote
 from smallmath_jax.tasks.chains import GREEDY, SAMPLED
@@ -18,8 +19,10 @@ from smallmath_jax.tasks.driver import same_answer
 Row = dict[str, Any]
 WEIGHTED = "PPM-weighted vote"
 MAJORITY, BEST, LIKELY = "majority", "best of N by PPM", "best of N by log-probability"
+BOTH = "best of N by PPM and log-probability"
+POSTERIOR = "vote by PPM odds and probability"  # of answers that were enumerated, not sampled
 COVERAGE = "coverage"
-SEARCH_CHOICE, SEARCH_VOTE = "search, its choice", "search, PPM-weighted vote of its answers"
+SEARCH_CHOICE, SEARCH_VOTE = "search, its choice", "search, vote by PPM odds and probability"
 
 
 def share(right: int, count: int) -> dict[str, Any]:
@@ -28,26 +31,42 @@ def share(right: int, count: int) -> dict[str, Any]:
 
 
 def best_ballot(ballots: Sequence[Ballot], rule: str) -> str | None:
-    """The answer that wins by a rule of this page; None without ballots."""
+    """The answer that wins by a rule of this page; None without ballots.
+
+    WEIGHTED sums exp(raw) over samples, which come as often as the policy is likely to write them. POSTERIOR sums
+    exp(raw + log p): the leaves of a search are distinct, so their probability must be put in.
+    """
     if not ballots:
         return None
-    if rule == LIKELY:
-        return max(ballots, key=lambda ballot: ballot.log_prob).answer
-    if rule == WEIGHTED:
-        return _weighted(ballots)
+    if rule in WEIGHTS:
+        highest = max(map(WEIGHTS[rule], ballots))
+        return _heaviest(ballots, [math.exp(WEIGHTS[rule](one) - highest) for one in ballots])
+    if rule in BESTS:
+        return max(ballots, key=BESTS[rule]).answer
     return vote(ballots, same_answer, "best" if rule == BEST else "majority")[0].answer
 
 
-def _weighted(ballots: Sequence[Ballot]) -> str:
-    """The vote weighted by ((1 + s) / (1 - s)) ** 2.5, which is exp(raw) of a score s = tanh(raw / 5).
+def raw_score(ballot: Ballot) -> float:
+    """5 atanh(score): the raw score of a PPM, whose score is tanh(raw / 5), and a log odds (Bradley-Terry).
 
-    A Bradley-Terry model's raw score is a log odds. The linear weight of the public code hardly tells apart what
-    tanh(raw / 5) has brought near 0.
+    The linear weight of the public code's vote hardly tells apart what tanh(raw / 5) has brought near 0.
     """
+    return 5.0 * math.atanh(max(-0.999, min(0.999, ballot.score)))
+
+
+WEIGHTS: dict[str, Callable[[Ballot], float]] = {
+    WEIGHTED: raw_score,
+    POSTERIOR: lambda ballot: raw_score(ballot) + ballot.log_prob,
+}
+BESTS: dict[str, Callable[[Ballot], float]] = {
+    LIKELY: lambda ballot: ballot.log_prob,
+    BOTH: lambda ballot: raw_score(ballot) + ballot.log_prob,
+}
+
+
+def _heaviest(ballots: Sequence[Ballot], weights: Sequence[float]) -> str:
     totals: list[list[Any]] = []
-    for ballot in ballots:
-        score = max(-0.999, min(0.999, ballot.score))
-        weight = ((1 + score) / (1 - score)) ** 2.5
+    for ballot, weight in zip(ballots, weights, strict=True):
         home = next((one for one in totals if same_answer(one[0], ballot.answer)), None)
         if home is None:
             totals.append([ballot.answer, weight])
@@ -62,7 +81,7 @@ def chain_measures(rows: Sequence[Row], samples: int) -> dict[str, Any]:
     sampled = [row for row in rows if row["extra"]["decoding"] == SAMPLED]
     groups = _groups(sampled)
     scored = any(row["extra"]["score"] is not None for row in sampled)
-    rules = [MAJORITY, LIKELY, *((BEST, WEIGHTED) if scored else ())]
+    rules = [MAJORITY, LIKELY, *((BEST, BOTH, WEIGHTED) if scored else ())]
     record: dict[str, Any] = {
         "greedy": accuracy(greedy),
         "sampled": accuracy(sampled),
@@ -143,7 +162,7 @@ def scaling(rows: Sequence[Row], trees: Sequence[Tree], largest: int) -> dict[st
     """Accuracy against trajectories and tokens a problem: votes and best-of-N of 1, 2, 4 ... samples, and search."""
     groups = list(_groups(row for row in rows if row["extra"]["decoding"] == SAMPLED).values())
     scored = any(row["extra"]["score"] is not None for found in groups for row in found)
-    rules = [MAJORITY, LIKELY, *((BEST, WEIGHTED) if scored else ()), COVERAGE]
+    rules = [MAJORITY, LIKELY, *((BEST, BOTH, WEIGHTED) if scored else ()), COVERAGE]
     curves: dict[str, list[Row]] = {rule: [] for rule in rules}
     size = 1
     while size <= largest and groups:
@@ -157,51 +176,75 @@ def scaling(rows: Sequence[Row], trees: Sequence[Tree], largest: int) -> dict[st
 
 
 def search_scaling(trees: Sequence[Tree]) -> dict[str, list[Row]]:
-    """The same of searches, cut off after 1, 2, 4 ... rollouts: the answer of highest score, and a weighted vote.
+    """The same of searches, cut off after 1, 2, 4 ... rollouts: the answer of highest score, and a vote.
 
     Tokens are those of a tree's whole search in proportion to the nodes it had by then: what a filtered candidate
     cost is not stored by rollout.
     """
     curves: dict[str, list[Row]] = {SEARCH_CHOICE: [], SEARCH_VOTE: []}
     largest = max((tree.rollouts for tree in trees), default=0)
+    found = [leaves(tree) for tree in trees]
     size = 1
     while trees and size < 2 * largest:
-        cut = [_cut(tree, min(size, largest)) for tree in trees]
-        answers = sum(len(nodes) for nodes, _ in cut) / len(cut)
-        cost = {"trajectories": answers, "tokens": sum(tokens for _, tokens in cut) / len(cut)}
-        for name, rule in ((SEARCH_CHOICE, BEST), (SEARCH_VOTE, WEIGHTED)):
-            right = sum(_tree_right(nodes, rule) for nodes, _ in cut)
-            curves[name].append(cost | share(right, len(cut)))
+        cut = [[leaf for leaf in one if leaf.rollout < size] for one in found]
+        shares = [_spent(tree, size) for tree in trees]
+        cost = {"trajectories": sum(map(len, cut)) / len(cut), "tokens": sum(shares) / len(cut)}
+        for name, rule in ((SEARCH_CHOICE, BEST), (SEARCH_VOTE, POSTERIOR)):
+            curves[name].append(cost | share(sum(leaf_right(one, rule) for one in cut), len(cut)))
         size *= 2
     return {name: points for name, points in curves.items() if points}
 
 
-def _cut(tree: Tree, rollouts: int) -> tuple[list[Node], float]:
-    """(answers found in the first rollouts, tokens spent until then)."""
-    made = [node for node in tree.nodes if node.rollout < rollouts]
-    answers = [node for node in made if node.kind == "answer"]
-    return answers, tree.tokens * len(made) / len(tree.nodes)
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An answer of a tree."""
+
+    ballot: Ballot
+    rollout: int
+    right: bool
 
 
-def _tree_right(answers: Sequence[Node], rule: str) -> bool:
-    ballots = [Ballot(node.answer, score=node.score or 0.0) for node in answers]
-    winner = best_ballot(ballots, rule)
-    return any(node.answer == winner and node.verdict == "correct" for node in answers)
+def leaves(tree: Tree) -> list[Leaf]:
+    """All answers of a tree, in the order they were found."""
+    nodes = {node.tag: node for node in tree.nodes}
+    scores = {tag: node.score or 0.0 for tag, node in nodes.items()}
+    return [
+        Leaf(
+            dataclasses.replace(ballot, score=scores[ballot.tag]),
+            nodes[ballot.tag].rollout,
+            nodes[ballot.tag].verdict == "correct",
+        )
+        for ballot in leaf_ballots(tree)
+    ]
+
+
+def _spent(tree: Tree, rollouts: int) -> float:
+    made = sum(node.rollout < rollouts for node in tree.nodes)
+    return tree.tokens * made / len(tree.nodes)
+
+
+def leaf_right(found: Sequence[Leaf], rule: str) -> bool:
+    """Whether the answer that wins among these is right."""
+    winner = best_ballot([leaf.ballot for leaf in found], rule)
+    return any(leaf.ballot.answer == winner and leaf.right for leaf in found)
 
 
 def search_measures(trees: Sequence[Tree]) -> dict[str, Any]:
-    """Numbers of graded evaluation trees: the search's own choice, a vote of its answers, coverage, tokens."""
+    """Numbers of graded evaluation trees: a vote of each search's answers, its own choice, coverage, tokens.
+
+    `search_accuracy` is of the vote by PPM odds and probability, `search_choice` of the answer of highest Q-value, as
+    the public code chooses.
+    """
     chosen = sum(_verdict_of(tree, tree.chosen) == "correct" for tree in trees)
-    answers = [[node for node in tree.nodes if node.kind == "answer"] for tree in trees]
-    voted = sum(_tree_right(found, WEIGHTED) for found in answers)
-    covered = sum(any(node.verdict == "correct" for node in found) for found in answers)
+    found = [leaves(tree) for tree in trees]
     count = max(len(trees), 1)
     return {
-        "search_accuracy": share(chosen, len(trees)),
-        "search_vote": share(voted, len(trees)),
-        "search_coverage": share(covered, len(trees)),
+        "search_accuracy": share(sum(leaf_right(one, POSTERIOR) for one in found), len(trees)),
+        "search_choice": share(chosen, len(trees)),
+        "search_majority": share(sum(leaf_right(one, MAJORITY) for one in found), len(trees)),
+        "search_coverage": share(sum(any(leaf.right for leaf in one) for one in found), len(trees)),
         "search_tokens": sum(tree.tokens for tree in trees) / count,
-        "search_answers": sum(len(leaf_ballots(tree)) for tree in trees) / count,
+        "search_answers": sum(map(len, found)) / count,
     }
 
 
