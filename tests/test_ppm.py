@@ -13,7 +13,7 @@ from smallmath_jax.records import PreferencePair, Problem, Prompt
 from smallmath_jax.search.select import ValueExample
 from smallmath_jax.tasks import judged, ppm
 from smallmath_jax.tasks.judged import Judged, held_out, plan_steps
-from smallmath_jax.tasks.policy import load_policy, make_mesh
+from smallmath_jax.tasks.policy import copied, load_policy, make_mesh
 from smallmath_jax.tasks.search import squash_of
 from smallmath_jax.train.loop import StopSignal
 
@@ -130,7 +130,7 @@ def trained(policy, mesh, config, folder, stop=None):
         examples = [dataclasses.replace(one, value=float(one.value > 0.5)) for one in examples]
     with StopSignal() as signal:
         return ppm.train_judge(
-            policy, problems, pairs, examples, config, folder, mesh, stop or signal
+            copied(policy), problems, pairs, examples, config, folder, mesh, stop or signal
         )
 
 

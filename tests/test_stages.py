@@ -11,12 +11,17 @@ from smallmath_jax.records import read_parts, write_part
 from smallmath_jax.tasks import stages
 from smallmath_jax.train.loop import part_name
 
+MODEL = np.zeros(2)
+
 
 class Keeper:
     """Checkpoints that keep only, for each step saved, which steps' logs were published by then."""
 
     def __init__(self, folder, restored=None):
         self.folder, self.restored, self.saved, self.waited = folder, restored, {}, 0
+
+    def latest_step(self):
+        return self.restored[1]["step"] if self.restored else None
 
     def restore(self, like, shardings):
         return self.restored
@@ -40,7 +45,7 @@ def open_stage(folder, monkeypatch, restored=None, total=7, stop=None):
     keeper = Keeper(folder, restored)
     monkeypatch.setattr(stages, "Checkpoints", lambda *_, **__: keeper)
     trainer = SimpleNamespace(
-        init_fn=lambda model: model, policy=SimpleNamespace(model=np.zeros(2)), state_shardings=None
+        init_fn=lambda model: model, policy=SimpleNamespace(model=MODEL), state_shardings=None
     )
     config = ConfigDict({"checkpoint": {"every": 3, "keep": 2}})
     stop = stop or SimpleNamespace(requested=False, exit_code=0)
@@ -50,7 +55,7 @@ def open_stage(folder, monkeypatch, restored=None, total=7, stop=None):
 def test_a_checkpoint_never_runs_ahead_of_its_logs(tmp_path, monkeypatch):
     stage, keeper = open_stage(tmp_path, monkeypatch)
     with stage:
-        state = stage.restore_or_start()
+        state = stage.restore_or_start(MODEL)
         for step in range(stage.first, 7):
             stage.log(step + 1, {"loss": 1.0})
             stage.advance(step + 1, state)
@@ -65,7 +70,7 @@ def test_what_will_be_run_again_is_dropped_before_it_is(tmp_path, monkeypatch):
         write_part(tmp_path / folder, part_name(5, 0), [{"step": step} for step in (4, 5)])
     stage, _ = open_stage(tmp_path, monkeypatch, restored=("state", {"step": 3}))
     with stage:
-        assert stage.restore_or_start() == "state" and stage.first == 3
+        assert stage.restore_or_start(()) == "state" and stage.first == 3
         for folder in ("metrics", "completions"):
             assert [row["step"] for row in read_parts(tmp_path / folder)] == [1, 2, 3]
         stage.keep_completions(4, [{"step": 4}])
@@ -76,7 +81,7 @@ def test_a_stop_signal_saves_this_step_and_leaves(tmp_path, monkeypatch, capsys)
     stop = SimpleNamespace(requested=True, exit_code=128 + signal.SIGTERM)
     stage, keeper = open_stage(tmp_path, monkeypatch, stop=stop)
     with stage, pytest.raises(SystemExit) as left:
-        state = stage.restore_or_start()
+        state = stage.restore_or_start(MODEL)
         stage.log(1, {"loss": 1.0})
         stage.advance(1, state)
     assert left.value.code == 143 and keeper.saved == {1: [1]} and keeper.waited == 1

@@ -33,7 +33,14 @@ from smallmath_jax.tasks.evolve_stages import (
     search_stage,
     select_stage,
 )
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, restore_model
+from smallmath_jax.tasks.policy import (
+    Policy,
+    copied,
+    load_policy,
+    make_mesh,
+    prompts_for,
+    restore_model,
+)
 from smallmath_jax.tasks.search import read_trees
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import StopSignal
@@ -116,8 +123,8 @@ def bootstrap(bench: Bench, base: Policy) -> Policy:
         "the rounds see none of them"
     )
     lessons = sft.pack_lessons(taught, base, settings)
-    return sft.learn(
-        base, [lessons], settings, config, folder, bench.mesh, bench.stop, title="bootstrap"
+    return sft.learn(  # a copy: rounds may start from `base`
+        copied(base), [lessons], settings, config, folder, bench.mesh, bench.stop, title="bootstrap"
     )
 
 
@@ -183,6 +190,8 @@ def fine_tune(bench: Bench, number: int, start: Policy, pool: Sequence[Problem])
     lessons = sft.pack_lessons(taught, start, config.sft)
     sft.announce(lessons, {})
     title = f"round {number} sft"
+    if config.evolve.start == "base":
+        start = copied(start)  # the next round starts there again
     return sft.learn(
         start, [lessons], config.sft, config, folder, bench.mesh, bench.stop, title=title
     )
@@ -202,8 +211,16 @@ def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Proble
     needed = {pair.problem_id for pair in pairs} | {one.problem_id for one in examples}
     problems = [problem for problem in pool if problem.id in needed]
     title = f"round {number} {config.ppm.loss}"
-    return ppm.train_judge(
-        policy, problems, pairs, examples, config, folder, bench.mesh, bench.stop, title=title
+    return ppm.train_judge(  # a copy: the policy is measured with its judge
+        copied(policy),
+        problems,
+        pairs,
+        examples,
+        config,
+        folder,
+        bench.mesh,
+        bench.stop,
+        title=title,
     )
 
 

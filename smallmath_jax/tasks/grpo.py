@@ -119,7 +119,8 @@ def improve(
 ) -> Policy:
     """Adjusted GRPO for `config.grpo.steps` steps from the newest checkpoint, or from `policy`.
 
-    `asked` are problems and their prompts; every `config.grpo.eval_every` steps `tests` are evaluated.
+    The weights of `policy` are used up. `asked` are problems and their prompts; every `config.grpo.eval_every` steps
+    `tests` are evaluated.
     """
     settings = config.grpo
     if stages.is_done(workdir):
@@ -133,7 +134,7 @@ def improve(
         Grader() as grader,
     ):
         reference = jax.tree.map(lambda x: x + 0, policy.model) if settings.kl_beta else None
-        state = stage.restore_or_start()
+        state = stage.restore_or_start(policy.model)
         for step in range(stage.first, settings.steps):
             clock = Clock()
             engine.set_weights(engine_weights(state.model, config), step)

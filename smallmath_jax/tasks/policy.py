@@ -134,6 +134,11 @@ def newest_checkpoints(workdir: str) -> epath.Path:
     )
 
 
+def copied(policy: Policy) -> Policy:
+    """The policy with weights of its own: training uses those it is given up."""
+    return dataclasses.replace(policy, model=jax.tree.map(jnp.copy, policy.model))
+
+
 def add_lora(model: QwenVL, config: Any, mesh: jax.sharding.Mesh) -> QwenVL:
     adapted = lora.add_lora(
         model, config.lora.rank, config.lora.alpha, config.lora.targets, jax.random.key(config.seed)

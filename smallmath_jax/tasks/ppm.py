@@ -127,6 +127,7 @@ def train_judge(
     """The policy with a trained value head, its metrics, checkpoints and result.json in `folder`.
 
     A finished stage is only restored. result.json: held-out pair accuracy, pairs, counts of what was dropped.
+    The weights of `policy` are used up.
     """
     settings = training.fit_rows(config.ppm, mesh)
     headed = dataclasses.replace(policy, model=_with_head(policy, config, mesh))
@@ -159,7 +160,7 @@ def train_judge(
     batches = Batches(items, plan, trainer.layout, headed, mesh, config.seed)
     measure = _measure(test, config, trainer, mesh)
     with stages.Stage(folder, config, trainer, total, title, stop) as stage:
-        state = stage.restore_or_start()
+        state = stage.restore_or_start(headed.model)
         seen, since, shown = 0, time.perf_counter(), {}
         for step in range(stage.first, total):
             state, metrics = trainer.step_fn(state, batches.step(step))

@@ -1,7 +1,9 @@
 """The programs a config runs, as abstract functions: what `parallel.compile` compiles for a machine that is absent.
 
 Training runs on all chips; the engine runs on one host's, with its own bf16 weights. Each program is listed
-with what else lies in a chip's memory while it runs, so that "fits" means the whole run.
+with what else lies in a chip's memory while it runs, so that "fits" means the whole run. The fp32 weights lie there
+once: a stage's first state takes the buffers of the loaded model. Only GRPO with kl_beta > 0 keeps a second set, the
+reference's.
 """
 
 import dataclasses
@@ -46,16 +48,17 @@ def programs(config: Any, mesh: Mesh, machine: Topology) -> list[Program]:
     host = topologies.devices(topologies.host_of(machine.name))
     local = make_mesh(-1, 1, math.gcd(config.engine.tensor_parallel, len(host)), host)
     sampling = _engine_programs(config, model, local)
+    reference = _reference(config, model, mesh)
     listed = []
     if config.task == "sft" or config.cold_start:
         listed.append(_train_program(config, config.sft, "sft", model, mesh, {}))
     if config.task == "grpo":
-        held = {"engine (bf16 weights, slots, pages)": sampling.held}
+        held = {"engine (bf16 weights, slots, pages)": sampling.held} | reference
         listed.append(_train_program(config, config.grpo, "grpo", model, mesh, held))
     optimizer, _ = make_optimizer(getattr(config, config.task).optimizer, 1000)
     state = gib_per_chip(abstract_state(model, mesh, optimizer, trainable(config)))
     for program in sampling.programs:
-        resident = {**program.resident, "train state (fp32 weights, AdamW)": state}
+        resident = {**program.resident, "train state (fp32 weights, AdamW)": state} | reference
         listed.append(dataclasses.replace(program, resident=resident))
     return listed
 
@@ -65,6 +68,15 @@ def model_config(config: Any) -> ModelConfig:
     if config.model in PUBLISHED:
         return PUBLISHED[config.model]
     return weights.read_config(folders.locate(config.model))
+
+
+def _reference(config: Any, model: ModelConfig, mesh: Mesh) -> dict[str, float]:
+    """The second set of weights that a KL term needs beside the train state."""
+    if config.task != "grpo" or not config.grpo.kl_beta:
+        return {}
+    weights = abstract_model(model)
+    placed = abstract(weights, rules.shardings(weights, mesh))
+    return {"reference policy (fp32 weights)": gib_per_chip(placed)}
 
 
 def _train_program(

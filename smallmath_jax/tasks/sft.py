@@ -59,7 +59,10 @@ def fine_tune(
     mesh: jax.sharding.Mesh,
     stop: StopSignal,
 ) -> Policy:
-    """The policy after `config.sft`, its metrics and checkpoints in `folder`; finished stages are only restored."""
+    """The policy after `config.sft`, its metrics and checkpoints in `folder`; finished stages are only restored.
+
+    The weights of `policy` are used up.
+    """
     settings = config.sft
     if stages.is_done(folder):
         return dataclasses.replace(
@@ -80,7 +83,10 @@ def learn(
     stop: StopSignal,
     title: str = "sft",
 ) -> Policy:
-    """The policy after `settings.steps` steps on lessons (0: `epochs` passes); of two, the first for `worked_steps`."""
+    """The policy after `settings.steps` steps on lessons (0: `epochs` passes); of two, the first for `worked_steps`.
+
+    The weights of `policy` are used up.
+    """
     settings = training.fit_rows(settings, mesh)
     total = settings.steps or settings.epochs * lessons[-1].plan.steps_per_epoch
     trainer = training.make_trainer(
@@ -93,7 +99,7 @@ def learn(
         microbatches=math.ceil(settings.rows / settings.microbatch_rows),
     )
     with stages.Stage(folder, config, trainer, total, title, stop) as stage:
-        state = stage.restore_or_start()
+        state = stage.restore_or_start(policy.model)
         seen, since, shown = 0, time.perf_counter(), {}
         for step in range(stage.first, total):
             phase = lessons[0] if step < settings.worked_steps else lessons[-1]

@@ -58,13 +58,20 @@ class Stage:
         if self._bar is not None:
             self._bar.close()
 
-    def restore_or_start(self) -> Any:
-        """The stage's TrainState; `first` becomes the step to run next."""
+    def restore_or_start(self, model: Any) -> Any:
+        """The stage's TrainState; `first` becomes the step to run next.
+
+        `model` is used up, so that the fp32 weights lie in memory once: the state takes its buffers, or they are freed
+        before a checkpoint is read.
+        """
         trainer = self._trainer
+        if hosts.broadcast(self._checkpoints.latest_step() is not None):
+            for leaf in jax.tree.leaves(model):
+                leaf.delete()
         like = jax.eval_shape(trainer.init_fn, trainer.policy.model)
         found = self._checkpoints.restore(like, trainer.state_shardings)
         if found is None:
-            state = trainer.init_fn(trainer.policy.model)
+            state = trainer.init_fn(model)
         else:
             state, cursor = found
             self.first = int(cursor["step"])

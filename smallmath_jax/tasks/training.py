@@ -32,9 +32,9 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """The compiled functions of a stage and what they need."""
+    """The compiled functions of a stage and what they need. `init_fn` uses up the model it is given."""
 
-    policy: Policy
+    policy: Policy  # its model is abstract: the weights themselves are in the state, once
     mesh: jax.sharding.Mesh
     layout: Layout
     step_fn: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
@@ -119,6 +119,7 @@ def make_trainer(
     value_dropout: float = 0.0,
 ) -> Trainer:
     """Compiles nothing yet: programs are built at their first call. `value_dropout` is that of value losses."""
+    policy = dataclasses.replace(policy, model=jax.eval_shape(lambda model: model, policy.model))
     optimizer, schedule = make_optimizer(settings.optimizer, total_updates)
     compute = make_compute(
         policy.config, config, mesh, policy.tokens.banned_ids if loss == "grpo" else ()
@@ -149,7 +150,7 @@ def make_trainer(
         layout,
         step_fn,
         jax.jit(score, out_shardings=rules.replicated(mesh)),
-        jax.jit(make_state, out_shardings=state_shardings),
+        jax.jit(make_state, out_shardings=state_shardings, donate_argnums=0),
         state_shardings,
     )
 
