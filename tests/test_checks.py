@@ -63,6 +63,21 @@ def test_a_start_that_came_to_nothing_binds_nobody(tmp_path):
         pass
 
 
+def test_a_run_continues_on_another_machine_and_says_what_is_other(tmp_path, capsys):
+    first, second = grpo.get_config("tiny"), grpo.get_config("tiny")
+    with runs.open_run(first, str(tmp_path)):
+        (tmp_path / "checkpoints").mkdir()
+    second.update({"mesh": {"data": 2, "fsdp": 4}, "engine": {"slots": 16}, "remat": "full"})
+    with runs.open_run(second, str(tmp_path)):
+        pass
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "other" in line]
+    for change in ("mesh.data (was 1, now 2)", "engine.slots (was 128, now 16)", "remat (was"):
+        assert change in told
+    second.grpo.group_size = 4
+    with pytest.raises(ValueError, match="group_size"), runs.open_run(second, str(tmp_path)):
+        pass
+
+
 def test_a_frozen_name_that_is_none_is_refused():
     small = SimpleNamespace(model=step_case.make_model())
     config = grpo.get_config("tiny")

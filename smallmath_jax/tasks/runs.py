@@ -17,8 +17,9 @@ from smallmath_jax.parallel import hosts
 from smallmath_jax.records import to_json, write_text
 from smallmath_jax.tasks.checks import check
 
-# Fields that may change between two starts of one run: they decide how it runs, not what it computes.
-FREE_FIELDS = ("log", "checkpoint", "compare")
+# Fields that may change between two starts of one run: they decide how it runs, not what is learned. On another mesh or
+# engine sums are taken in another order: the same run, but not to the last bit.
+FREE_FIELDS = ("log", "checkpoint", "compare", "mesh", "engine", "remat", "watchdog_s")
 
 # What a start leaves behind once it has computed something.
 RESULTS = (
@@ -80,22 +81,29 @@ def _check_same_config(root: epath.Path, resolved: dict[str, Any]) -> float:
             f"{root}: this workdir holds a run with another {difference}; give a new --workdir, "
             "or the same fields to continue it"
         )
+    free = {name: (before["config"].get(name), resolved.get(name)) for name in FREE_FIELDS}
+    changes = [line for name, pair in free.items() for line in differences(*pair, name)]
+    if changes:
+        say(f"continued with other {', '.join(changes)}")
     return float(before.get("wall_s", 0.0))
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str:
-    """The first field in which two configs differ, as "name (was X, now Y)"; "" if none."""
+    """The first field in which two configs differ, but for FREE_FIELDS, as "name (was X, now Y)"; "" if none."""
+    if not name and isinstance(before, dict) and isinstance(now, dict):
+        bound = lambda config: {k: v for k, v in config.items() if k not in FREE_FIELDS}
+        before, now = bound(before), bound(now)
+    return next(differences(before, now, name), "")
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Every field in which two configs differ, as "name (was X, now Y)"."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(set(before) | set(now)):
-            if name == "" and key in FREE_FIELDS:
-                continue
-            found = first_difference(
-                before.get(key), now.get(key), f"{name}.{key}" if name else key
-            )
-            if found:
-                return found
-        return ""
-    return "" if before == now else f"{name} (was {before!r}, now {now!r})"
+            place = f"{name}.{key}" if name else key
+            yield from differences(before.get(key), now.get(key), place)
+    elif before != now:
+        yield f"{name} (was {before!r}, now {now!r})"
 
 
 def note_data(folder: epath.Path, sources: str, counts: dict[str, Any]) -> None:
