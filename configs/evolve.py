@@ -17,10 +17,19 @@ ROUNDS = ("round1", "round2", "round3", "round4")
 
 
 def bootstrap(mode: str) -> ConfigDict:
-    """Where the first policy comes from: fine-tuned on `solutions` noisy ones; with 0 it is config.model itself."""
+    """Who searches in round 1: a server (`base_url`), else config.model, fine-tuned on noisy `solutions` if any."""
     tiny = mode == "tiny"
     settings = ConfigDict()
     settings.solutions = 2000 if tiny else 0
+    settings.base_url = (
+        ""  # an OpenAI-compatible server, with its version: http://localhost:8000/v1
+    )
+    settings.model = ""  # its name there
+    settings.endpoint = "completions"  # completions | chat
+    settings.concurrent = 16  # requests at a time
+    settings.requests_per_minute = 0  # 0: no limit of ours
+    settings.api_key_variable = "OPENAI_API_KEY"  # the environment variable that holds the key
+    settings.temperature = 0.7
     settings.noise = 0.5  # share of them with a wrong number or operator
     settings.problems_seed = 101  # of the embedded problems it learns from
     settings.update(_sft(mode))
@@ -74,6 +83,7 @@ def get_config(mode=None):
     evolve.rollouts = tuple(PRESETS[name].rollouts for name in ROUNDS)
     evolve.candidates = (5, 6, 6, 6) if tiny else tuple(PRESETS[name].candidates for name in ROUNDS)
     evolve.guidance = tuple(PRESETS[name].guidance for name in ROUNDS)
+    evolve.max_errors = (1,) * 4 if tiny else tuple(PRESETS[name].max_errors for name in ROUNDS)
     evolve.more = EXTRA_ROLLOUTS  # rollouts that unsolved problems go on to
     evolve.more_from = 4  # the first round that does
     evolve.more_seeds = (

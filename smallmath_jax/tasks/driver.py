@@ -251,6 +251,10 @@ class Driver:
             return bool(asked)
         for ticket, rollout in self.engine.step():
             group, index = self._owners.pop(ticket)
+            if isinstance(rollout, Exception):  # of a server; the search that asked ends by it
+                if not group.done.done():
+                    group.done.set_exception(rollout)
+                continue
             group.rollouts[index] = rollout
             if None not in group.rollouts and not group.done.done():
                 group.done.set_result(None)

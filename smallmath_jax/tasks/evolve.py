@@ -42,6 +42,7 @@ from smallmath_jax.tasks.policy import (
     restore_model,
 )
 from smallmath_jax.tasks.search import read_trees
+from smallmath_jax.tasks.server import settings_of
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import StopSignal
 
@@ -76,13 +77,15 @@ def run(config: Any, workdir: str) -> None:
 def check(config: Any) -> None:
     """Raises ValueError for rounds that are not all described, before anything is loaded."""
     evolve = config.evolve
-    for name in ("rollouts", "candidates", "guidance"):
+    for name in ("rollouts", "candidates", "guidance", "max_errors"):
         if len(getattr(evolve, name)) < evolve.rounds:
             raise ValueError(
                 f"evolve.{name} has {len(getattr(evolve, name))} entries for {evolve.rounds} rounds; give one a round"
             )
     if evolve.guidance[0] == "ppm":
         raise ValueError("evolve.guidance: the first round has no preference model, use 'terminal'")
+    if config.bootstrap.base_url:
+        settings_of(config.bootstrap)
     if evolve.start not in ("previous", "base"):
         raise ValueError(f"evolve.start={evolve.start!r}: known are 'previous', 'base'")
 
@@ -274,7 +277,7 @@ def round_row(bench: Bench, number: int) -> dict[str, Any]:
     row |= {"by_level": found["by_level"], "by_subject": found["by_subject"]}
     if number == 0:
         return row
-    for name in ("search_accuracy", "search_vote", "search_coverage"):
+    for name in ("search_accuracy", "search_choice", "search_majority", "search_coverage"):
         if name in found:
             row[name] = found[name] if name == "search_accuracy" else found[name]["accuracy"]
     row["tokens_a_search"] = found.get("search_tokens")
@@ -299,7 +302,7 @@ def round_row(bench: Bench, number: int) -> dict[str, Any]:
         row["held_out_pair_accuracy"] = json.loads(judged.read_text())["held_out_accuracy"]
     if found.get("auc"):
         row["ppm_auc"], row["log_prob_auc"] = found["auc"]["auc"], found["auc_log_prob"]["auc"]
-    extra = ("unsolved_first", "tried_more", "solved_by_control")
+    extra = ("unsolved_first", "tried_more", "solved_by_control", "occupancy", "tokens_per_second")
     row |= {
         name: searched[name] for name in searched if name in extra or name.startswith("solved_by_")
     }
@@ -330,6 +333,7 @@ def reward_row(bench: Bench, number: int) -> dict[str, Any]:
         evolve_measures.MAJORITY: "majority",
         evolve_measures.LIKELY: "+ log-probability",
         evolve_measures.BEST: f"+ {bench.config.ppm.loss.upper()}",
+        evolve_measures.BOTH: f"+ {bench.config.ppm.loss.upper()} and log-probability",
         evolve_measures.WEIGHTED: f"+ {bench.config.ppm.loss.upper()}-weighted vote",
     }
     return row | {names[name]: one for name, one in found["at_n"].items()}

@@ -5,11 +5,12 @@ the preference model are stages of `sft` and `ppm`.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,15 @@ from etils import epath
 from smallmath_jax.data.batches import Sequence as Tokens
 from smallmath_jax.data.batches import make_sequence
 from smallmath_jax.parallel import hosts
-from smallmath_jax.records import Problem, Tree, read_parts, to_json, write_part, write_text
+from smallmath_jax.records import (
+    Problem,
+    Sampling,
+    Tree,
+    read_parts,
+    to_json,
+    write_part,
+    write_text,
+)
 from smallmath_jax.search import select
 from smallmath_jax.search.mcts import search_seeds
 from smallmath_jax.search.pairs import PairSettings
@@ -37,6 +46,7 @@ from smallmath_jax.tasks.search import (
     search_settings,
     squash_of,
 )
+from smallmath_jax.tasks.server import Client, ServerEngine, settings_of
 from smallmath_jax.train.loop import StopSignal
 
 DONE = "done.json"
@@ -102,6 +112,7 @@ def round_settings(config: Any, number: int) -> SearchSettings:
         rollouts=evolve.rollouts[number - 1],
         candidates=evolve.candidates[number - 1],
         guidance=evolve.guidance[number - 1],
+        max_errors=evolve.max_errors[number - 1],
     )
 
 
@@ -113,8 +124,35 @@ def search_stage(
     if found := manifest(folder):
         return found
     started = time.time()
+    with round_driver(bench, number, policy, judge, problems) as driver:
+        record = _search_round(bench, number, driver, problems)
+    return write_manifest(folder, record, started)
+
+
+@contextlib.contextmanager
+def round_driver(
+    bench: Bench, number: int, policy: Policy, judge: Policy | None, problems: Sequence[Problem]
+) -> Iterator[Driver]:
+    """What a round searches with: the policy, or in round 1 the server that `config.bootstrap.base_url` names."""
+    config, bootstrap = bench.config, bench.config.bootstrap
+    if number > 1 or not bootstrap.base_url:
+        guided = config.evolve.guidance[number - 1] == "ppm"
+        yield bench.driver(policy, judge if guided else None, number - 1)
+        return
+    client = Client(settings_of(bootstrap))
+    length = config.engine.cache_length
+    asked = drawing(config)
+    asked["sampling"] = Sampling(temperature=bootstrap.temperature)
+    with ServerEngine(client, policy.tokens, problems, length) as engine:
+        yield Driver(policy, engine, bench.host, **asked)
+
+
+def _search_round(
+    bench: Bench, number: int, driver: Driver, problems: list[Problem]
+) -> dict[str, Any]:
+    """The searches of `search_stage`, and its record."""
+    folder = bench.round_folder(number) / "search"
     config, settings = bench.config, round_settings(bench.config, number)
-    driver = bench.driver(policy, judge if settings.guidance == "ppm" else None, number - 1)
     grow = lambda some, one, name, **more: grow_trees(
         driver,
         some,
@@ -126,9 +164,9 @@ def search_stage(
         **more,
     )
     by_id = {problem.id: problem for problem in problems}
-    grow(problems, settings, "trees")
+    rates = grow(problems, settings, "trees")
     left = _unsolved(bench, folder, ["trees"], by_id)
-    record: dict[str, Any] = {"problems": len(problems), "unsolved_first": len(left)}
+    record: dict[str, Any] = {"problems": len(problems), "unsolved_first": len(left)} | rates
     if number >= config.evolve.more_from and config.evolve.more and left:
         tried = left[: config.evolve.more_problems or None]
         if config.evolve.control:
@@ -143,7 +181,7 @@ def search_stage(
             grow(tried, more, f"more_{total}", earlier=earlier, searches=config.evolve.more_seeds)
             tried = _unsolved(bench, folder, [f"more_{total}"], some)
             record[f"solved_by_{total}"] = len(some) - len(tried)
-    return write_manifest(folder, record, started)
+    return record
 
 
 def _tree_folders(folder: epath.Path) -> list[epath.Path]:
@@ -216,6 +254,9 @@ def select_stage(bench: Bench, number: int, problems: Sequence[Problem]) -> dict
     groups: dict[str, list[Tree]] = {}
     for tree in trees:
         groups.setdefault(tree.problem_id, []).append(tree)
+    mistrusted = [name for name in groups if is_noise(by_id.get(name), groups[name])]
+    for name in mistrusted:
+        del groups[name]
     chosen = [one for group in groups.values() for one in trajectories_of(group, config)]
     medium = [
         tree for group in groups.values() if select.difficulty(group) == "medium" for tree in group
@@ -227,12 +268,19 @@ def select_stage(bench: Bench, number: int, problems: Sequence[Problem]) -> dict
         write_part(folder / "sft", "00000.jsonl", [trajectory_row(one) for one in chosen])
         write_part(folder / "pairs", "00000.jsonl", pairs)
     record = select.summary(trees) | counts | {"pairs": pair_counts, "pairs_kept": len(pairs)}
-    record |= {"sft_examples": len(chosen), "solved_ids": solved, "asked_ids": sorted(groups)}
+    record |= {"sft_examples": len(chosen), "solved_ids": solved, "label_noise": len(mistrusted)}
+    record["asked_ids"] = sorted({tree.problem_id for tree in trees})
     record["by_stop"] = {
         reason: sum(tree.stopped == reason for tree in trees)
         for reason in sorted({tree.stopped for tree in trees})
     }
     return write_manifest(folder, record, started)
+
+
+def is_noise(problem: Problem | None, group: Sequence[Tree]) -> bool:
+    """Whether a synthetic problem's label is to be mistrusted (section 3.5); labels of people are not."""
+    synthetic = problem is not None and problem.source.startswith("synthetic")
+    return synthetic and select.label_noise(group)
 
 
 def trajectories_of(group: Sequence[Tree], config: Any) -> list[select.Trajectory]:

@@ -94,9 +94,10 @@ def base_model(workdir: str) -> str:
 def run_config(workdir: str) -> dict[str, Any]:
     """The resolved config a run wrote. Raises FileNotFoundError when `workdir` is no run."""
     root = epath.Path(workdir)
-    path = root / "config.json"
-    if not path.exists() and root.name == "sft":  # the cold start of a GRPO run
-        path = root.parent / "config.json"
+    # A stage's folder has its run's: the cold start of a GRPO run, a round's policy (RUN/round_2/sft)
+    places = (root, root.parent, root.parent.parent) if (root / "checkpoints").exists() else (root,)
+    found = [place / "config.json" for place in places if (place / "config.json").exists()]
+    path = found[0] if found else root / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"init_from={workdir}: no config.json there, so it is not a run's workdir; "
@@ -124,9 +125,10 @@ def restore_model(
 
 
 def newest_checkpoints(workdir: str) -> epath.Path:
-    """The checkpoints folder of a run: its own, else its SFT stage's."""
+    """The checkpoints folder of a run: its own, else its SFT stage's, else that of its last round's policy."""
     root = epath.Path(workdir)
-    for folder in (root / "checkpoints", root / "sft" / "checkpoints"):
+    rounds = sorted(root.glob("round_*/sft/checkpoints"), reverse=True) if root.exists() else ()
+    for folder in (root / "checkpoints", root / "sft" / "checkpoints", *rounds):
         if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
             return folder
     raise FileNotFoundError(

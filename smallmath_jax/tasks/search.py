@@ -126,11 +126,12 @@ def grow_trees(
     searches: int = 1,
     earlier: Mapping[str, Tree] | None = None,
     title: str = "search",
-) -> None:
+) -> dict[str, float]:
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
     `earlier`: problem id -> a tree that goes on (settings.rollouts counts from its first). Leaves with the signal's
-    exit code when `stop` asks for it, all finished trees saved.
+    exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {} where
+    nothing was left to search.
     """
     kept, prompts, left_out = prompts_for(list(problems), driver.policy, config)
     if left_out:
@@ -144,7 +145,7 @@ def grow_trees(
         if index % hosts.host_count() == hosts.host_index() and (problem.id, seed) not in done
     ]
     if not asked:
-        return
+        return {}
     jobs = (
         _job(driver, problem, prompt, one, (earlier or {}).get(problem.id))
         for problem, prompt, one in asked
@@ -173,6 +174,7 @@ def grow_trees(
         runs.say(f"{title}: stopped, finished trees are saved; the same command continues")
         sys.exit(stop.exit_code)
     hosts.barrier(f"trees {folder}")
+    return meter.read()
 
 
 def problems_in_flight(engine: Engine, settings: SearchSettings) -> int:
