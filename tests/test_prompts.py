@@ -310,7 +310,7 @@ def test_folders_give_end_tokens_rows_and_template(tokens, tmp_path):
         json.dumps({"eos_token_id": [5, tokens.im_end]})
     )
     loaded = load_tokens(tmp_path)
-    assert loaded.vocab_rows == 640 and loaded.instruct
+    assert loaded.vocab_rows == 640
     assert set(loaded.eos_ids) == {5, text_end, *tokens.eos_ids} and list(loaded.eos_ids) == sorted(
         loaded.eos_ids
     )
@@ -338,6 +338,17 @@ def test_folders_give_end_tokens_rows_and_template(tokens, tmp_path):
     loaded.tokenizer.save_pretrained(tmp_path)
     own = load_tokens(tmp_path)
     assert own.chat is None and prompt(Problem("p", "x", "1"), own, system="").text == "x|own|"
+
+
+def test_the_embedded_tokenizer_asks_alike_from_a_folder(tokens, tmp_path):
+    tokens.tokenizer.save_pretrained(tmp_path)
+    problem = Problem("p", "What is 3 * 4?", "12", images=(picture(),))
+    loaded = load_tokens(tmp_path, vocab_rows=tokens.vocab_rows)
+    assert prompt(problem, loaded).text == prompt(problem, tokens).text
+    settings = tmp_path / "tokenizer_config.json"
+    others = {k: v for k, v in json.loads(settings.read_text()).items() if k != "instruct"}
+    settings.write_text(json.dumps(others))  # as every other folder is
+    assert not loaded.instruct and load_tokens(tmp_path, tokens.vocab_rows).instruct
 
 
 def test_folders_that_are_none(tmp_path):

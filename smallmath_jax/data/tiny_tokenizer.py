@@ -83,6 +83,7 @@ def tiny_tokenizer():
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=32768,
+        instruct=False,  # data.tokens: no instruction in the prompt; an exported folder says so too
     )
 
 

@@ -95,7 +95,8 @@ class Tokens:
     banned_ids: np.ndarray  # int32 [K], sorted: vision marks, turn openers, rows without a token
     vocab_rows: int  # rows of the embedding, >= len(tokenizer)
     chat: str | None = None  # Jinja template; None: the tokenizer's own
-    instruct: bool = True  # False: no instruction in the prompt (the tiny model learns the form)
+    # False: no instruction in the prompt, the tiny model learns the form; its tokenizer_config.json says so
+    instruct: bool = True
     step_ids: dict[str, int] = dataclasses.field(default_factory=dict)  # added mark -> id
     source: str = ""
 
@@ -127,8 +128,7 @@ def _tiny_tokens(vocab_rows: int | None) -> Tokens:
     template = None if tokenizer.chat_template else CHATS["bare"]
     if vocab_rows is None:  # room for the step marks, and a shape that shards
         vocab_rows = -(-(len(tokenizer) + 16) // 64) * 64
-    tokens = make_tokens(tokenizer, vocab_rows, chat=template, source="tiny")
-    return dataclasses.replace(tokens, instruct=False)
+    return make_tokens(tokenizer, vocab_rows, chat=template, source="tiny")
 
 
 def _copy_tokenizer(source: epath.Path, local: epath.Path) -> None:
@@ -254,6 +254,7 @@ def make_tokens(
         banned_ids=_banned(vocabulary, vocab_rows, ends),
         vocab_rows=int(vocab_rows),
         chat=chat,
+        instruct=bool(tokenizer.init_kwargs.get("instruct", True)),
         source=source,
     )
 

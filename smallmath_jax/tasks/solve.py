@@ -13,6 +13,12 @@ from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
 from smallmath_jax.verify import rewards
 from smallmath_jax.verify.answers import extract
 
+REMEDIES = {
+    "prompt_too_long": "raise prompt.max_tokens",
+    "too_many_patches": "lower vision.max_pixels or raise vision.max_patches",
+    "image_for_a_text_model": "it reads no pictures, give a vision model",
+}
+
 
 def run(config: Any, workdir: str) -> None:
     """Prints the model's reasoning and its answer to `config.problem`."""
@@ -26,7 +32,8 @@ def run(config: Any, workdir: str) -> None:
     policy = load_policy(config, make_mesh(config))
     _, prompts, dropped = prompts_for([problem], policy, config)
     if dropped:
-        raise ValueError(f"the problem does not fit this model: {', '.join(dropped)}")
+        told = ", ".join(f"{reason} ({REMEDIES[reason]})" for reason in dropped)
+        raise ValueError(f"the problem does not fit this model: {told}")
     limits = Limits(max_tokens=config.sampling.max_tokens)
     keys = draw_key(config.seed, "solve", config.problem)[None]
     request = Request(prompts[0], keys, limits, sampling_of(config.sampling))
