@@ -8,7 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-TASKS = ("sft", "grpo", "evaluate", "solve", "export")
+TASKS = ("sft", "grpo", "evaluate", "solve", "export", "search", "ppm", "evolve", "synthesis")
 MODES = ("tiny", "3b", "7b", "math1.5b", "math7b", "phi3")
 
 

@@ -182,6 +182,8 @@ def test_a_tree_that_goes_on_is_the_one_searched_at_once(tmp_path, no_prompts):
     further = grow(tmp_path / "further", Stop(10**9), settings=long, earlier=earlier)
     at_once = grow(tmp_path / "once", Stop(10**9), settings=long)
     assert further == at_once
+    both = grow(tmp_path / "seeds", Stop(10**9), searches=2, settings=long, earlier=earlier)
+    assert {key: row for key, row in both.items() if key in further} == further and len(both) == 18
     trees = task.read_trees([tmp_path / "short", tmp_path / "further"])
     assert [tree.problem_id for tree in trees] == sorted(NAMES)
     assert all(tree.rollouts == further[tree.problem_id, 0]["rollouts"] for tree in trees)

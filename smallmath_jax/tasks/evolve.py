@@ -259,7 +259,7 @@ def write_evolution(bench: Bench, last: int) -> None:
     folders = [bench.round_folder(k) / "evaluate" / "trees" for k in range(1, last + 1)]
     trees = [tree for folder in folders for tree in read_trees([folder])]
     record["backtracking"] = insights.backtracking(trees)
-    record["theorems"] = insights.theorem_scores(trees)
+    record["theorems"] = insights.theorems(trees)
     write_text(root / "evolution.json", json.dumps(json.loads(to_json(record)), indent=1))
     shown = read_trees([bench.round_folder(last) / "search" / "trees"])[:SHOWN_TREES]
     write_tree_index(shown, root / "tree_pages", title=f"Search trees of round {last}")

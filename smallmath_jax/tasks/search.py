@@ -129,8 +129,8 @@ def grow_trees(
 ) -> dict[str, float]:
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
-    `earlier`: problem id -> a tree that goes on (settings.rollouts counts from its first). Leaves with the signal's
-    exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {} where
+    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). Leaves with the
+    signal's exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {} where
     nothing was left to search.
     """
     kept, prompts, left_out = prompts_for(list(problems), driver.policy, config)
@@ -146,9 +146,10 @@ def grow_trees(
     ]
     if not asked:
         return {}
+    before = earlier or {}
+    goes_on = lambda problem, one: before.get(problem.id) if one.seed == settings.seed else None
     jobs = (
-        _job(driver, problem, prompt, one, (earlier or {}).get(problem.id))
-        for problem, prompt, one in asked
+        _job(driver, problem, prompt, one, goes_on(problem, one)) for problem, prompt, one in asked
     )
     bar = Progress(len(asked), title, quiet=hosts.host_index() != 0)
     with Parts(folder) as parts:
