@@ -194,7 +194,7 @@ def test_pages_and_summary(tmp_path, no_prompts):
     record = task.finish(tmp_path / "trees", tmp_path)
     assert record["problems"] == 9 and 0 < record["coverage"] <= 1
     assert json.loads((tmp_path / "summary.json").read_text()) == record
-    assert (tmp_path / "tree_pages" / "index.html").exists()
+    assert (tmp_path / "report" / "trees" / "index.html").exists()
 
 
 def test_keys_name_the_draws():

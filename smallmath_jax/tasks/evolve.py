@@ -256,13 +256,13 @@ def write_evolution(bench: Bench, last: int) -> None:
         ("base" if number == 0 else f"round {number}"): reward_row(bench, number)
         for number in range(last + 1)
     }
-    folders = [bench.round_folder(k) / "evaluate" / "trees" for k in range(1, last + 1)]
+    folders = [bench.round_folder(k) / "search" / "trees" for k in range(1, last + 1)]
     trees = [tree for folder in folders for tree in read_trees([folder])]
     record["backtracking"] = insights.backtracking(trees)
     record["theorems"] = insights.theorems(trees)
     write_text(root / "evolution.json", json.dumps(json.loads(to_json(record)), indent=1))
     shown = read_trees([bench.round_folder(last) / "search" / "trees"])[:SHOWN_TREES]
-    write_tree_index(shown, root / "tree_pages", title=f"Search trees of round {last}")
+    write_tree_index(shown, root / "report" / "trees", title=f"Search trees of round {last}")
 
 
 def round_row(bench: Bench, number: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Tree search over many problems (rStar-Math, section 3.2): trees in immutable parts, one loop for all of them.
 
-WORKDIR/trees/NUMBER-hostH.jsonl hold the finished trees, WORKDIR/tree_pages shows them. Killed at any moment and
+WORKDIR/trees/NUMBER-hostH.jsonl hold the finished trees, WORKDIR/report/trees shows them. Killed at any moment and
 started again, problems whose trees are there are not searched again, and the others give the trees they would have
 given (law 6); a tree does not depend on what else was searched beside it (law 5).
 """
@@ -49,7 +49,7 @@ SQUASH = {"ppm": 5.0, "orm": 2.0, "pqm": 1.0}
 
 
 def run(config: Any, workdir: str) -> None:
-    """Searches all problems of the config and writes WORKDIR/trees, tree_pages and summary.json."""
+    """Searches all problems of the config and writes WORKDIR/trees, report/trees and summary.json."""
     with (
         open_host(config.sandbox.to_dict()) as host,
         runs.open_run(config, workdir) as this_run,
@@ -75,7 +75,7 @@ def run(config: Any, workdir: str) -> None:
             record = finish(folder, this_run.workdir)
             runs.say(
                 f"done in {this_run.wall_s():.0f} s: {record['coverage']:.1%} of {record['problems']} problems have a "
-                f"right answer, {record['failed']} failed; {workdir}/tree_pages/index.html"
+                f"right answer, {record['failed']} failed; {workdir}/report/trees/index.html"
             )
 
 
@@ -252,6 +252,6 @@ def finish(folder: epath.Path, workdir: epath.Path) -> dict[str, Any]:
     """Writes the pages of all trees and summary.json, which it returns."""
     trees = read_trees([folder])
     record = select.summary(trees)
-    write_tree_index(trees, workdir / "tree_pages")
+    write_tree_index(trees, workdir / "report" / "trees")
     write_text(workdir / "summary.json", json.dumps(json.loads(to_json(record)), indent=1))
     return record
