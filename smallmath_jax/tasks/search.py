@@ -130,8 +130,8 @@ def grow_trees(
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
     `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). Leaves with the
-    signal's exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {} where
-    nothing was left to search.
+    signal's exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {}
+    where nothing was left to search.
     """
     kept, prompts, left_out = prompts_for(list(problems), driver.policy, config)
     if left_out:
