@@ -73,6 +73,56 @@ print("host", index, "good")
 """
 
 
+WORKDIR_WORKER = """
+import pathlib, sys
+from smallmath_jax.parallel import hosts
+from smallmath_jax.tasks import runs, sources
+from configs import grpo
+
+shared, own = map(pathlib.Path, sys.argv[1:])
+hosts.initialize()
+index = hosts.host_index()
+
+def refused(action, *words):
+    try:
+        action()
+    except ValueError as error:
+        for word in words:
+            assert word in str(error), error
+    else:
+        raise SystemExit(f"not refused: {words}")
+
+def start(workdir, config):
+    with runs.open_run(config, str(workdir)):
+        pass
+
+config = grpo.get_config("tiny")
+start(shared, config)
+config.seed = index
+refused(lambda: start(shared, config), "host 0 has config.seed = 0, host 1 has 1")
+config.seed = 0
+mine = own / f"host{index}"  # both hosts' link of the same name: two folders
+link = mine / "workdir"
+refused(lambda: runs.check_shared(link), "1 of 2 hosts do not see", "--workdir=gs://")
+assert not list(shared.glob("probe*"))
+
+load = lambda name: sources.load_sources((str(own / name),), config, "grpo.data")
+(own / "same.jsonl").write_text('{"problem": "1 + 1?", "answer": "2"}\\n')
+hosts.barrier("written")
+assert len(load("same.jsonl")["same"]) == 1
+row = '{"id": "a", "problem": "1 + %d?", "answer": "2"}\\n' % index
+mine.mkdir(exist_ok=True)
+(mine / "problems.jsonl").write_text(row)
+local = lambda name: sources.load_sources((str(mine / name),), config, "grpo.data")
+refused(lambda: local("problems.jsonl"), "config.grpo.data: digest of texts", "host 1")
+if index:
+    (mine / "problems.jsonl").unlink()
+refused(lambda: local("problems.jsonl"), "config.grpo.data: error = 'none'", "host 1")
+hosts.barrier("end")
+print("host", index, "good")
+"""
+
+
 def free_port():
     with socket.socket() as sock:
         sock.bind(("localhost", 0))
@@ -87,7 +137,8 @@ def environment(**more):
     return {**kept, **paths, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", **more}
 
 
-def test_two_hosts_agree_and_share():
+def run_two_hosts(program, *arguments, **more):
+    """Runs the program in two joined processes; each must print that it is good."""
     shared = {
         "SMALLMATH_COORDINATOR": f"localhost:{free_port()}",
         "SMALLMATH_HOSTS": "2",
@@ -95,8 +146,8 @@ def test_two_hosts_agree_and_share():
     }
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            env=environment(**shared, SMALLMATH_HOST=str(index)),
+            [sys.executable, "-c", program, *map(str, arguments)],
+            env=environment(**shared, **more, SMALLMATH_HOST=str(index)),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -111,6 +162,15 @@ def test_two_hosts_agree_and_share():
     for index, (worker, output) in enumerate(zip(workers, outputs, strict=True)):
         assert worker.returncode == 0, output
         assert f"host {index} good" in output
+
+
+def test_two_hosts_agree_and_share():
+    run_two_hosts(WORKER)
+
+
+def test_hosts_that_start_with_other_words_folders_or_data_all_stop(tmp_path):
+    (tmp_path / "shared").mkdir()
+    run_two_hosts(WORKDIR_WORKER, tmp_path / "shared", tmp_path)
 
 
 def test_one_host_needs_no_network():

@@ -209,12 +209,12 @@ def watchdog(
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first value that differs between hosts (a config, a data set's size)."""
-    for index, other in enumerate(gather(dict(values))):
-        mine = json.loads(json.dumps(dict(values)))
-        for name in mine:
-            if other.get(name) != mine[name]:
+    """Raises ValueError on every host, naming the first value that differs (a config's field, a data set's digest)."""
+    first, *others = gather(dict(values))
+    for index, other in enumerate(others, 1):
+        for name in dict.fromkeys((*first, *other)):
+            if first.get(name) != other.get(name):
                 raise ValueError(
-                    f"host {jax.process_index()} has {name} = {mine[name]!r}, host {index} has {other.get(name)!r}; "
+                    f"host 0 has {name} = {first.get(name)!r}, host {index} has {other.get(name)!r}; "
                     "start every host with the same command, code and data"
                 )

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -43,16 +44,20 @@ class Run:
 def open_run(config: Any, workdir: str) -> Iterator[Run]:
     """Prepares `workdir`; on a second start checks that the config is the first one's.
 
-    Raises ValueError naming the first field that differs.
+    Raises ValueError naming the first field that differs from the first start's or between hosts, and when hosts do
+    not share `workdir`.
     """
     check(config)
     prepare_process()
     root = epath.Path(workdir)
     resolved = json.loads(to_json(config.to_dict()))
+    hosts.same_everywhere({"code revision": _revision(), "workdir": workdir} | flat(resolved))
+    check_shared(root)
     earlier = _check_same_config(root, resolved)
     run = Run(root, time.time(), earlier)
+    names = hosts.host_names()  # asks all hosts, so not where host 0 alone writes
     if hosts.host_index() == 0:
-        _write_config(root, resolved, earlier)
+        _write_config(root, resolved, earlier, names)
     hosts.barrier("open run")
     say(
         f"{config.task}:{config.mode} in {workdir} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
@@ -61,13 +66,57 @@ def open_run(config: Any, workdir: str) -> Iterator[Run]:
         yield run
     finally:
         if hosts.host_index() == 0:
-            _write_config(root, resolved, run.wall_s())
+            _write_config(root, resolved, run.wall_s(), names)
 
 
 def prepare_process() -> None:
     """Joins the other hosts, if any, and keeps compiled programs between starts."""
     hosts.initialize()
     _use_compile_cache()
+
+
+def flat(config: Any, name: str = "config") -> dict[str, Any]:
+    """{dotted name: value} of a nested config."""
+    if not isinstance(config, dict):
+        return {name: config}
+    parts = [flat(value, f"{name}.{key}") for key, value in config.items()]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def check_shared(root: epath.Path) -> None:
+    """Raises ValueError on every host when one does not see what host 0 writes into the workdir.
+
+    Each host writes its own parts; what is read back, for a report or on resume, is everyone's.
+    """
+    if hosts.host_count() == 1 or str(root).startswith("gs://"):
+        return
+    probe = root / f"probe-{hosts.broadcast(secrets.token_hex(8))}"
+    problem = ""
+    if hosts.host_index() == 0:
+        try:
+            write_text(probe, "all hosts of the run must see this file")
+        except OSError as error:
+            problem = str(error)
+    problem = hosts.broadcast(problem)
+    seen = hosts.gather(not problem and _appears(probe))
+    if hosts.host_index() == 0:
+        probe.unlink(missing_ok=True)
+    blind = [name for name, sees in zip(hosts.host_names(), seen, strict=True) if not sees]
+    if blind:
+        why = problem or f"{len(blind)} of {len(seen)} hosts do not see host 0's files there"
+        raise ValueError(
+            f"workdir {root}: {why} ({', '.join(blind)}); on several hosts give --workdir=gs://BUCKET/RUN or a folder "
+            "that all of them share"
+        )
+
+
+def _appears(path: epath.Path, tries: int = 5) -> bool:
+    """Whether the file is there, or comes within some seconds: network folders may be late."""
+    for _ in range(tries):
+        if path.exists():
+            return True
+        time.sleep(1)
+    return False
 
 
 def _check_same_config(root: epath.Path, resolved: dict[str, Any]) -> float:
@@ -116,7 +165,9 @@ def note_data(folder: epath.Path, sources: str, counts: dict[str, Any]) -> None:
         write_text(path, json.dumps(record, indent=1))
 
 
-def _write_config(root: epath.Path, resolved: dict[str, Any], wall_s: float) -> None:
+def _write_config(
+    root: epath.Path, resolved: dict[str, Any], wall_s: float, names: list[str]
+) -> None:
     path = root / "config.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     record = {
@@ -127,7 +178,7 @@ def _write_config(root: epath.Path, resolved: dict[str, Any], wall_s: float) -> 
         },
         "python": sys.version.split()[0],
         "revision": _revision(),
-        "hosts": hosts.host_names(),
+        "hosts": names,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "wall_s": round(wall_s, 1),
         "training_data": earlier.get("training_data", {}),

@@ -1,6 +1,7 @@
 """The problems a run trains on or is measured on, from the sources its config names."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from etils import epath
 
 from smallmath_jax.data.decontaminate import decontaminate
 from smallmath_jax.data.problems import FILE_KINDS, load_problems
+from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem
 from smallmath_jax.tasks import runs
 
@@ -45,8 +47,49 @@ def load_sources(
 ) -> dict[str, list[Problem]]:
     """name -> problems of each source, fields named by `config.data.fields`; ids are unique over all of them.
 
-    Raises ValueError naming the config field that gave the source, and what is wrong with it.
+    Raises ValueError naming the config field that gave the source, and what is wrong with it; on every host when they
+    have not loaded the same.
     """
+    if hosts.host_count() == 1:
+        return _load_sources(sources, config, field, limit, seed)
+    loaded, told, error = {}, {}, None
+    try:
+        loaded = _load_sources(sources, config, field, limit, seed)
+        told = digests([one for problems in loaded.values() for one in problems], field)
+    except (ValueError, OSError) as caught:  # told to the others first, or they wait for this host
+        error = caught
+    hosts.same_everywhere({f"config.{field}: error": str(error or "none")} | told)
+    if error is not None:
+        raise error
+    return loaded
+
+
+def digests(problems: Sequence[Problem], field: str) -> dict[str, Any]:
+    """What two hosts compare of the problems of a config field: how many, and digests of ids, texts and pictures."""
+    parts = {
+        "ids": lambda one: [one.id],
+        "texts": lambda one: [one.problem, *one.accepted, *one.options, one.solution or ""],
+        "pictures": lambda one: [_picture(image) for image in one.images],
+    }
+    found: dict[str, Any] = {f"config.{field}: problems": len(problems)}
+    for name, read in parts.items():
+        digest = hashlib.sha256()
+        for one in problems:
+            for piece in read(one):
+                data = piece if isinstance(piece, bytes) else str(piece).encode(errors="replace")
+                digest.update(b"%d " % len(data) + data)
+        found[f"config.{field}: digest of {name}"] = digest.hexdigest()[:16]
+    return found
+
+
+def _picture(image: str | bytes) -> str | bytes:
+    inside = isinstance(image, bytes) or image.startswith("data:")
+    return image if inside else epath.Path(image).read_bytes()
+
+
+def _load_sources(
+    sources: Sequence[str], config: Any, field: str, limit: int, seed: int
+) -> dict[str, list[Problem]]:
     mapping = {
         ours: None if theirs in (None, "none") else theirs
         for ours, theirs in config.data.fields.items()
