@@ -327,6 +327,19 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, line, told):
     assert not (tmp_path / "out").exists()
 
 
+def test_half_a_surrogate_pair_costs_no_verdicts(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        '{"id": 1, "gold": "5", "pred": "\\\\boxed{\\ud83d}"}\n{"id": 2, "gold": "5", "pred": "\\\\boxed{5}"}\n'
+    )
+    grade.run(config_of(str(path)), str(tmp_path / "out"))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "verdicts.jsonl").open()]
+    assert [(row["verdict"], row["extracted"]) for row in rows] == [
+        ("wrong", "\ud83d"),
+        ("correct", "5"),
+    ]
+
+
 def test_a_missing_file_or_name_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         grade.run(config_of(str(tmp_path / "nowhere.jsonl")), str(tmp_path))
