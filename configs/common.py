@@ -82,6 +82,8 @@ def base(task: str, mode: str) -> ConfigDict:
     config.freeze = ""  # regex of parameter names that do not train, for example "vision/.*"
     # best: also keep the GRPO checkpoint with the highest value of this metric ("reward", "eval/accuracy"); "": none
     config.checkpoint = ConfigDict({"every": 100, "keep": 2, "best": ""})
+    # A host without progress for so many seconds ends itself with its stacks (0: never); covers the first compile.
+    config.watchdog_s = 0 if tiny else 1800
     config.log = ConfigDict({"every": 10 if tiny else 1, "samples_every": 20, "samples": 2})
     return config
 

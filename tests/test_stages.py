@@ -1,5 +1,6 @@
 """What a training stage does around its steps: logs before checkpoints, and nothing kept of what will be run again."""
 
+import contextlib
 import signal
 from types import SimpleNamespace
 
@@ -47,7 +48,7 @@ def open_stage(folder, monkeypatch, restored=None, total=7, stop=None):
     trainer = SimpleNamespace(
         init_fn=lambda model: model, policy=SimpleNamespace(model=MODEL), state_shardings=None
     )
-    config = ConfigDict({"checkpoint": {"every": 3, "keep": 2}})
+    config = ConfigDict({"checkpoint": {"every": 3, "keep": 2}, "watchdog_s": 60.0})
     stop = stop or SimpleNamespace(requested=False, exit_code=0)
     return stages.Stage(folder, config, trainer, total, "sft", stop), keeper
 
@@ -86,3 +87,23 @@ def test_a_stop_signal_saves_this_step_and_leaves(tmp_path, monkeypatch, capsys)
         stage.advance(1, state)
     assert left.value.code == 143 and keeper.saved == {1: [1]} and keeper.waited == 1
     assert not stages.is_done(tmp_path) and "the same command continues" in capsys.readouterr().out
+
+
+def test_a_stage_is_watched_and_every_step_is_progress(tmp_path, monkeypatch):
+    events = []
+
+    @contextlib.contextmanager
+    def watchdog(limit_s):
+        events.append(limit_s)
+        yield
+        events.append("off")
+
+    monkeypatch.setattr(stages.hosts, "watchdog", watchdog)
+    monkeypatch.setattr(stages.hosts, "beat", events.append)
+    stage, _ = open_stage(tmp_path, monkeypatch, total=2)
+    with stage:
+        state = stage.restore_or_start(MODEL)
+        for step in (1, 2):
+            stage.log(step, {"loss": 1.0})
+            stage.advance(step, state)
+    assert events == [60.0, "sft step 1", "sft step 2", "off"]

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from smallmath_jax.parallel.mesh import local_mesh, make_mesh
 from smallmath_jax.parallel.rules import batch_sharding, shardings
 
+_BEATS: list[Callable[[str], None]] = []  # of the watchdogs that are on
 HANG_EXIT_CODE = 86  # a supervisor can tell a hang from a crash, and start the run again
 
 
@@ -179,6 +180,7 @@ def watchdog(
     Yields `beat(what)`; call it at every step, and with a longer-lived `what` before a long compile (the limit must
     cover it). On a hang all threads' stacks go to stderr and the process exits with HANG_EXIT_CODE; jax's own runtime
     then ends the other hosts, and the same command continues from the last checkpoint. A limit of 0 turns it off.
+    Code that knows of no watchdog calls `hosts.beat`.
     """
     last = [time.monotonic(), "the start"]
     done = threading.Event()
@@ -202,10 +204,18 @@ def watchdog(
 
     if limit_s > 0:
         threading.Thread(target=watch, name="watchdog", daemon=True).start()
+    _BEATS.append(beat)
     try:
         yield beat
     finally:
+        _BEATS.remove(beat)
         done.set()
+
+
+def beat(what: str = "a step") -> None:
+    """Tells every watchdog that is on that there was progress; nothing where none is."""
+    for one in _BEATS:
+        one(what)
 
 
 def same_everywhere(values: Mapping[str, Any]) -> None:

@@ -117,7 +117,7 @@ def evaluate(
     correct = seen = 0
     started = time.perf_counter()
     tokens = 0
-    with Grader() as grader:
+    with Grader() as grader, hosts.watchdog(config.watchdog_s):
         for first in range(0, len(mine), PART_ROWS):
             chunk = mine[first : first + PART_ROWS]
             rows: list[Completion] = []

@@ -81,7 +81,9 @@ def run_requests(
             owner.update({ticket: (index, sample) for sample, ticket in enumerate(tickets)})
         if not owner:
             return
-        for ticket, rollout in engine.step():
+        found = engine.step()
+        hosts.beat("sampling")
+        for ticket, rollout in found:
             index, sample = owner.pop(ticket)
             partial[index][sample] = rollout
             if on_tokens is not None:

@@ -46,13 +46,16 @@ class Stage:
             self.folder / "checkpoints", keep=config.checkpoint.keep, best_metric=best
         )
         self._writer = MetricWriter(self.folder, host=hosts.host_index())
+        self._watchdog = hosts.watchdog(config.watchdog_s)
         self._bar: Progress | None = None
         self._record: dict[str, Any] = {}
 
     def __enter__(self) -> "Stage":
+        self._watchdog.__enter__()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._watchdog.__exit__(None, None, None)
         self._checkpoints.close()
         self._writer.close()
         if self._bar is not None:
@@ -115,6 +118,7 @@ class Stage:
 
     def advance(self, done: int, state: Any, **shown: Any) -> None:
         """Counts a step, saves when it is time, and leaves with exit code 143 after SIGTERM once all is saved."""
+        hosts.beat(f"{self._name} step {done}")
         self._bar.advance(1, **shown)
         leaving = hosts.any_host(self._stop.requested)
         if leaving or done == self._total or done % self._config.checkpoint.every == 0:
