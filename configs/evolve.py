@@ -42,7 +42,7 @@ def _sft(mode: str) -> ConfigDict:
     tiny = mode == "tiny"
     settings = ConfigDict()
     settings.steps = 0  # 0: from epochs
-    settings.epochs = 8 if tiny else 2
+    settings.epochs = 4 if tiny else 2
     settings.worked_steps = 0
     settings.rows = 12 if tiny else 128  # packed rows a step
     settings.row_length = 128 if tiny else 4096
@@ -118,12 +118,15 @@ def get_config(mode=None):
     config.in_flight = 0
     config.sft = _sft(mode)
     if tiny:
-        config.sft.optimizer.learning_rate = 1.5e-3
-        config.sft.optimizer.muon_learning_rate = 0.01
+        # A few hundred trajectories: at 1.5e-3 and 16 passes greedy accuracy fell from 45 to 27 %
+        config.sft.optimizer.update(
+            {"learning_rate": 5e-4, "muon_learning_rate": 0.0033, "warmup_steps": 5}
+        )
     config.pairs = ppm.pair_settings(mode)
     config.ppm = ppm.ppm_settings(mode)
     if tiny:
         config.ppm.epochs = 2
+        config.ppm.optimizer.learning_rate = 7e-4
 
     config.eval = common.evaluation(mode)
     config.eval.problems = ("tiny:test",) if tiny else ("math500", "aime2024", "amc23")
