@@ -66,15 +66,8 @@ def get_config(mode=None):
     tiny = mode == "tiny"
     config = common.base("evolve", mode)
     search.code_steps(config, mode)
-    config.problems = (
-        ("tiny:train",)
-        if tiny
-        else (
-            "convert:numina_competition",
-            "convert:metamath",
-            "convert:math_train",
-        )
-    )
+    public = ("convert:numina_competition", "convert:metamath", "convert:math_train")
+    config.problems = ("tiny:train",) if tiny else public
     config.limit = 0  # problems a source; 0: all (embedded ones: as many as the rounds take)
     config.bootstrap = bootstrap(mode)
 
@@ -86,31 +79,24 @@ def get_config(mode=None):
     evolve.max_errors = (1,) * 4 if tiny else tuple(PRESETS[name].max_errors for name in ROUNDS)
     evolve.more = EXTRA_ROLLOUTS  # rollouts that unsolved problems go on to
     evolve.more_from = 4  # the first round that does
-    evolve.more_seeds = (
-        1  # trees an unsolved problem gets then: the first goes on, the others are new
-    )
+    # Trees an unsolved problem gets then: the first goes on, the others are new
+    evolve.more_seeds = 1
     evolve.more_problems = 30 if tiny else 0  # at most as many of them; 0: all
-    evolve.control = (
-        tiny  # also search what is unsolved once more with a new seed and no more rollouts
-    )
-    evolve.per_round = (
-        500 if tiny else 0
-    )  # problems a round: unsolved ones, the rest new; 0: all of them, every round
-    evolve.old_share = (
-        0.25  # at most, of a round's problems, those that earlier rounds left unsolved
-    )
-    evolve.instances = (
-        2 if tiny else 0
-    )  # of an embedded problem that a right program must also be right on
+    # Also search what is unsolved once more, with a new seed and no more rollouts
+    evolve.control = tiny
+    # Problems a round: unsolved ones, the rest new; 0: all of them, every round
+    evolve.per_round = 300 if tiny else 0
+    # At most, of a round's problems, those that earlier rounds left unsolved
+    evolve.old_share = 0.25
+    # Of an embedded problem, that a right program must also be right on
+    evolve.instances = 2 if tiny else 0
     evolve.trajectories = 2  # best by mean Q, a problem
     evolve.selection = "step_verified"  # step_verified | rejection | random
-    evolve.mask_output = (
-        True  # the interpreter's output is not trained on; the public code trains on it
-    )
+    # The interpreter's output is not trained on; the public code trains on it
+    evolve.mask_output = True
     evolve.start = "previous" if tiny else "base"  # what a round's policy is fine-tuned from
-    evolve.pair_rounds = (
-        0  # rounds whose pairs a preference model learns from, the last ones; 0: all
-    )
+    # Rounds whose pairs a preference model learns from, the last ones; 0: all
+    evolve.pair_rounds = 0
 
     config.search = search.settings_of(preset("round2"))
     if tiny:
