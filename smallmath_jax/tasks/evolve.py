@@ -70,7 +70,8 @@ def run(config: Any, workdir: str) -> None:
             pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
         if config.export:
             export.export_policy(policy, this_run.workdir / "export")
-            export.export_policy(judge, this_run.workdir / "export_ppm")
+            if judge is not None:
+                export.export_policy(judge, this_run.workdir / "export_ppm")
         runs.say(f"done in {this_run.wall_s():.0f} s; report: {workdir}/report/index.html")
 
 

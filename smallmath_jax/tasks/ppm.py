@@ -63,10 +63,7 @@ def run(config: Any, workdir: str) -> None:
         runs.say(f"pairs: {counts}")
         examples = examples_of(trees, config.ppm.loss)
         problems = [problem_of(tree) for tree in trees]
-        judged = train_judge(
-            policy, problems, pairs, examples, config, this_run.workdir, mesh, stop
-        )
-        del judged
+        train_judge(policy, problems, pairs, examples, config, this_run.workdir, mesh, stop)
         pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
         runs.say(f"done in {this_run.wall_s():.0f} s; report: {workdir}/report/index.html")
 

@@ -160,13 +160,10 @@ def grow_trees(
             counts["done"] += 1
             counts["right"] += any(node.verdict == "correct" for node in tree.nodes)
             rates = meter.read()
-            solved = {"solved": f"{counts['right'] / counts['done']:.1%}"}
-            bar.advance(
-                1,
-                **(solved if settings.use_gold else {}),
-                occupancy=rates["occupancy"],
-                **{"tok/s": rates["tokens_per_second"]},
-            )
+            shown = {"occupancy": rates["occupancy"], "tok/s": rates["tokens_per_second"]}
+            if settings.use_gold:
+                shown = {"solved": f"{counts['right'] / counts['done']:.1%}"} | shown
+            bar.advance(1, **shown)
 
         in_flight = config.in_flight or problems_in_flight(driver.engine, settings)
         whole = asyncio.run(driver.run(jobs, in_flight, finished, lambda: stop.requested))
