@@ -94,7 +94,8 @@ def get_config(mode=None):
     evolve.selection = "step_verified"  # step_verified | rejection | random
     # The interpreter's output is not trained on; the public code trains on it
     evolve.mask_output = True
-    evolve.start = "previous" if tiny else "base"  # what a round's policy is fine-tuned from
+    # A round's policy is fine-tuned from the previous round's, or from the first one ("base", as published)
+    evolve.start = "previous" if tiny else "base"
     # Rounds whose pairs a preference model learns from, the last ones; 0: all
     evolve.pair_rounds = 0
 

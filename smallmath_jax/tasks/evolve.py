@@ -61,8 +61,8 @@ def run(config: Any, workdir: str) -> None:
         tests = evaluate.load_evaluation_problems(config)
         pool = load_pool(config, this_run.workdir)
         bench = Bench(config, this_run.workdir, mesh, host, stop, tests)
-        base = load_policy(config, mesh)
-        policy, judge = bootstrap(bench, base), None
+        base = bootstrap(bench, load_policy(config, mesh))
+        policy, judge = base, None
         tell(bench, 0, evaluate_stage(bench, 0, policy, None, final=False))
         for number in range(1, config.evolve.rounds + 1):
             policy, judge = one_round(bench, number, base, policy, judge, pool)
@@ -127,8 +127,8 @@ def bootstrap(bench: Bench, base: Policy) -> Policy:
         "the rounds see none of them"
     )
     lessons = sft.pack_lessons(taught, base, settings)
-    return sft.learn(  # a copy: rounds may start from `base`
-        copied(base), [lessons], settings, config, folder, bench.mesh, bench.stop, title="bootstrap"
+    return sft.learn(
+        base, [lessons], settings, config, folder, bench.mesh, bench.stop, title="bootstrap"
     )
 
 
