@@ -42,7 +42,7 @@ def _sft(mode: str) -> ConfigDict:
     tiny = mode == "tiny"
     settings = ConfigDict()
     settings.steps = 0  # 0: from epochs
-    settings.epochs = 4 if tiny else 2
+    settings.epochs = 3 if tiny else 2
     settings.worked_steps = 0
     settings.rows = 12 if tiny else 128  # packed rows a step
     settings.row_length = 128 if tiny else 4096
@@ -105,7 +105,7 @@ def get_config(mode=None):
     config.in_flight = 0
     config.sft = _sft(mode)
     if tiny:
-        # A few hundred trajectories: at 1.5e-3 and 16 passes greedy accuracy fell from 45 to 27 %
+        # On 79 trajectories 2 passes raise sampled pass@1 from 27 to 32 %, 16 at 1.5e-3 lose greedy accuracy, 45 to 27 %
         config.sft.optimizer.update(
             {"learning_rate": 5e-4, "muon_learning_rate": 0.0033, "warmup_steps": 5}
         )
