@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 
 import datasets
@@ -124,10 +125,14 @@ def test_whether_an_address_can_be_reached(monkeypatch):
     monkeypatch.delenv("https_proxy")
     assert not hub.reachable(f"https://127.0.0.1:{port}")
 
+    released = threading.Event()
+
     def hang(*_, **__):
-        time.sleep(60)
+        released.wait(60)
+        raise OSError
 
     monkeypatch.setattr(socket, "create_connection", hang)
     started = time.monotonic()
     assert not hub.reachable("https://127.0.0.1", patience_s=0.2)
     assert time.monotonic() - started < 2
+    released.set()
