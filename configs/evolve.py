@@ -105,7 +105,7 @@ def get_config(mode=None):
     config.in_flight = 0
     config.sft = _sft(mode)
     if tiny:
-        # On 79 trajectories 2 passes raise sampled pass@1 from 27 to 32 %, 16 at 1.5e-3 lose greedy accuracy, 45 to 27 %
+        # On 79 trajectories 2 passes raised sampled pass@1 from 27 to 32 %; 16 at 1.5e-3 lost greedy accuracy, 45 to 27
         config.sft.optimizer.update(
             {"learning_rate": 5e-4, "muon_learning_rate": 0.0033, "warmup_steps": 5}
         )
