@@ -136,3 +136,9 @@ def test_whether_an_address_can_be_reached(monkeypatch):
     assert not hub.reachable("https://127.0.0.1", patience_s=0.2)
     assert time.monotonic() - started < 2
     released.set()
+
+
+def test_a_problem_drawn_twice_from_one_source_keeps_its_id():
+    (found,) = load_sources(("tiny:train",), config_of(), "sft.data", 3000).values()
+    ids = [problem.id for problem in found]
+    assert len(set(ids)) < len(ids) and not any("/" in one for one in ids)

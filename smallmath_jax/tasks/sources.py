@@ -103,8 +103,9 @@ def _load_sources(
             )
         except ValueError as error:
             raise ValueError(f"config.{field}: {error}") from error
-    ids = [problem.id for problems in found.values() for problem in problems]
-    if len(set(ids)) < len(ids):  # two sources may number their problems alike
+    ids = [{problem.id for problem in problems} for problems in found.values()]
+    # Two sources may number their problems alike; a problem drawn twice from one source stays the same problem.
+    if len(set().union(*ids)) < sum(map(len, ids)):
         found = {
             name: [dataclasses.replace(problem, id=f"{name}/{problem.id}") for problem in problems]
             for name, problems in found.items()
