@@ -46,7 +46,7 @@ def _load_config(path: str, mode: str | None):
     if not os.path.exists(path):
         folder = os.path.dirname(path) or "configs"
         found = (
-            sorted(f for f in os.listdir(folder) if f.endswith(".py"))
+            sorted(f for f in os.listdir(folder) if f.endswith(".py") and f != "common.py")
             if os.path.isdir(folder)
             else []
         )
@@ -56,6 +56,10 @@ def _load_config(path: str, mode: str | None):
     spec = importlib.util.spec_from_file_location("chosen_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        sys.exit(
+            f"--config={path}: no task's config, it has no get_config; see the others beside it"
+        )
     try:
         return module.get_config(mode)
     except ValueError as error:
@@ -99,6 +103,7 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: list[str]) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that torch is missing is no news
     if len(arguments) > 1:
         sys.exit(f"unexpected words {arguments[1:]}: every setting is --config.field=value")
     logging.set_verbosity(logging.WARNING)  # orbax tells every file it renames
@@ -113,16 +118,15 @@ def main(arguments: list[str]) -> None:
     task = importlib.import_module(f"smallmath_jax.tasks.{config.task}")
     try:
         task.run(config, workdir)
-    except (
-        ValueError,
-        OSError,
-        RuntimeError,
-    ) as error:  # bad input, full disk: one message, no trace
+    except (ValueError, OSError, RuntimeError) as error:  # bad input, a full disk: no trace
         # A subclass of RuntimeError is jax's own: its trace is what helps.
         ours = not isinstance(error, RuntimeError) or type(error) is RuntimeError
         if os.environ.get("SMALLMATH_TRACE") or not ours:
             raise
-        sys.exit(f"{config.task}: {error}\n(SMALLMATH_TRACE=1 shows the trace)")
+        hint = ""
+        if isinstance(error, OSError) and error.errno is not None:
+            hint = "\nIs that path right, may you write there, and is there space?"
+        sys.exit(f"{config.task}: {error}{hint}\n(SMALLMATH_TRACE=1 shows the trace)")
 
 
 if __name__ == "__main__":

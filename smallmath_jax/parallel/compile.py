@@ -232,7 +232,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--programs", default=PROGRAMS, help="MODULE:FUNCTION that lists them")
     arguments, rest = parser.parse_known_args(words)
     jax.config.update("jax_platforms", "cpu")  # nothing here may take a chip
-    jax.config.update("jax_enable_compilation_cache", False)  # without a chip entries cannot be read
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # without a chip entries cannot be read
     try:
         machine = topologies.topology(arguments.topology)
         config = load_config(arguments.config, rest)

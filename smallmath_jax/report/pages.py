@@ -287,7 +287,29 @@ def accuracy_section(results: dict[str, dict[str, Any]], pictures: Pictures) -> 
         ),
     ]
     note = "<p class=note>Whiskers and intervals: 95 %, Wilson's method, over problems.</p>"
-    return overall_table(results) + note + f"<div class=grid>{''.join(drawn)}</div>"
+    notes = "".join(f"<p class=note>{line}</p>" for line in accuracy_notes(results))
+    return overall_table(results) + note + notes + f"<div class=grid>{''.join(drawn)}</div>"
+
+
+def accuracy_notes(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What a reader of the table must know: problems left out, and what a forced or an unseen row is."""
+    lines = []
+    for name, result in results.items():
+        left_out = result.get("left_out") or {}
+        if left_out:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            lines.append(
+                f"<b>{escape(name)}: {sum(left_out.values())} problems were left out</b> ({escape(reasons)}); "
+                "the accuracy is of the others."
+            )
+    if any(name.endswith("_forced") for name in results):
+        lines.append(
+            "<b>forced</b>: the beginning of a worked solution is put behind the prompt. Where a forced row before "
+            "training is as good as one after it, training chose a better style and taught nothing new."
+        )
+    if any("tiny:unseen" in (result.get("by_set") or {}) for result in results.values()):
+        lines.append("<b>tiny:unseen</b>: kinds of problems that no training problem is of.")
+    return lines
 
 
 def _category_plot(field: str, title: str, tables: dict, pictures: Pictures) -> str:

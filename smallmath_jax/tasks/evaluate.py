@@ -138,7 +138,9 @@ def evaluate(
                 bar.close()
                 runs.say(f"{title}: stopped, what is done is kept; the same command continues")
                 sys.exit(stop.exit_code)
-            bar.advance(len(chunk), correct=f"{correct / max(seen, 1):.1%}", **{"tok/s": rate})
+            bar.advance(
+                len(chunk), right_of_all_sets=f"{correct / max(seen, 1):.1%}", **{"tok/s": rate}
+            )
     bar.close()
     hosts.barrier(f"evaluate {folder.name}")
     return _summary(folder, config, dropped)
@@ -154,6 +156,12 @@ def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[s
         rows, config.eval.headline, tuple(config.eval.k), functools.cache(same_answer)
     )
     result["left_out"] = dropped
+    if dropped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        runs.say(
+            f"{folder.name}: {sum(dropped.values())} problems left out ({reasons}; config.prompt.max_tokens "
+            f"{config.prompt.max_tokens}, config.vision.max_patches {config.vision.max_patches}): not in the accuracy"
+        )
     if hosts.host_index() == 0:
         write_text(folder / "result.json", to_json(result))
     return result

@@ -124,6 +124,9 @@ def _check_same_config(root: epath.Path, resolved: dict[str, Any]) -> float:
     if not path.exists() or not any((root / name).exists() for name in RESULTS):
         return 0.0  # nothing has come of an earlier start: its settings bind nobody
     before = json.loads(path.read_text())
+    task = before["config"].get("task")
+    if task != resolved.get("task"):
+        raise ValueError(f"{root}: this workdir holds a run of {task!r}; give a new --workdir")
     difference = first_difference(before["config"], resolved)
     if difference:
         raise ValueError(

@@ -37,11 +37,13 @@ def run(config: Any, workdir: str) -> None:
         mesh = make_mesh(config)
         tests = evaluate.load_evaluation_problems(config)
         policy = load_policy(config, mesh)
+        done = stages.is_done(this_run.workdir)
+        lessons = None if done else load_lessons(policy, config, this_run.workdir)
         if config.eval.before:
             stages.evaluate_stage(
                 policy, make_engine(policy, config), tests, config, this_run.workdir, "before", stop
             )
-        policy = fine_tune(policy, config, this_run.workdir, mesh, stop)
+        policy = fine_tune(policy, config, this_run.workdir, mesh, stop, lessons)
         if config.eval.after:
             stages.evaluate_stage(
                 policy, make_engine(policy, config), tests, config, this_run.workdir, "after", stop
@@ -58,17 +60,18 @@ def fine_tune(
     folder: epath.Path,
     mesh: jax.sharding.Mesh,
     stop: StopSignal,
+    loaded: tuple[list["Lessons"], dict[str, int]] | None = None,
 ) -> Policy:
     """The policy after `config.sft`, its metrics and checkpoints in `folder`; finished stages are only restored.
 
-    The weights of `policy` are used up.
+    `loaded` is what `load_lessons` gave earlier. The weights of `policy` are used up.
     """
     settings = config.sft
     if stages.is_done(folder):
         return dataclasses.replace(
             policy, model=restore_model(folder / "checkpoints", policy.model, mesh)
         )
-    lessons, left_out = load_lessons(policy, config, folder)
+    lessons, left_out = loaded or load_lessons(policy, config, folder)
     announce(lessons[-1], left_out)
     return learn(policy, lessons, settings, config, folder, mesh, stop)
 

@@ -159,7 +159,9 @@ class Progress:
             return
         self._shown = now
         left = (now - self._started) / (self.done - self._initial) * (self.total - self.done)
-        eta = time.strftime("%H:%M:%S", time.gmtime(left))
+        # The first step compiles: an hour's estimate from it would only frighten
+        first = self.done - self._initial <= steps < self.total
+        eta = "after the next" if first else time.strftime("%H:%M:%S", time.gmtime(left))
         print(
             f"{self.description} {self.done}/{self.total} {text} ETA {eta}",
             file=sys.stderr,
