@@ -138,13 +138,6 @@ def improve(
         for step in range(stage.first, settings.steps):
             clock = Clock()
             engine.set_weights(engine_weights(state.model, config), step)
-            measured = {}
-            if step and settings.eval_every and step % settings.eval_every == 0:
-                with stage.saving_on_exit(step, state):
-                    found = stages.evaluate_stage(
-                        policy, engine, tests, config, workdir, f"step_{step}", stop
-                    )
-                measured["eval/accuracy"] = found["accuracy"]
             chosen = step_problems(len(problems), step, settings.prompts, config.seed)
             asked = [with_pixels(prompts[index], problems[index], policy) for index in chosen]
             share = hosts.share(list(enumerate(chosen)))
@@ -162,10 +155,16 @@ def improve(
             state, metrics = update(trainer, state, batch, config, step, reference)
             clock.lap("train")
             record = grpo_metrics.step_metrics(batch, metrics, clock.seconds, engine.counters())
-            record |= measured
-            stage.log(step + 1, record)
             local = [row for found in mine for row in found]
             stage.keep_completions(step + 1, local)
+            if settings.eval_every and (step + 1) % settings.eval_every == 0:
+                engine.set_weights(engine_weights(state.model, config), step + 1)
+                with stage.saving_on_exit(step + 1, state, record):
+                    found = stages.evaluate_stage(
+                        policy, engine, tests, config, workdir, f"step_{step + 1}", stop
+                    )
+                record["eval/accuracy"] = found["accuracy"]
+            stage.log(step + 1, record)
             if step % config.log.samples_every == 0:
                 grpo_metrics.log_samples(local, config.log.samples, stage.say)
             stage.advance(step + 1, state, **grpo_metrics.shown(record))

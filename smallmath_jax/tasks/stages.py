@@ -101,11 +101,12 @@ class Stage:
             self._bar.say(text)
 
     @contextlib.contextmanager
-    def saving_on_exit(self, done: int, state: Any) -> Iterator[None]:
-        """Around what may leave the run between two steps: the state after `done` steps is saved first."""
+    def saving_on_exit(self, done: int, state: Any, record: dict[str, Any]) -> Iterator[None]:
+        """Around what may leave the run at the end of step `done`: its record and state are saved first."""
         try:
             yield
         except SystemExit:
+            self.log(done, record)
             self._save(done, state)
             self._checkpoints.wait()
             raise

@@ -45,7 +45,7 @@ def make_optimizer(
     Works on a dict of arrays by parameter name, the form in which `step.TrainState` keeps optimizer state. With
     `name` = muon the kernels, layer by layer, take orthogonalised momentum (K. Jordan et al. 2024; optax.contrib) at
     `muon_learning_rate` times the schedule's fraction, and everything else AdamW: it learns from random weights in
-    half the steps.
+    half the steps. Weight decay is then the kernels' alone.
 
     Args:
         settings: fields of `make_schedule`, b1, b2, eps, weight_decay, clip_norm (0: no clipping), name (adamw | muon).
