@@ -11,30 +11,32 @@ import pytest
 
 from smallmath_jax.records import PreferencePair, Problem, Prompt
 from smallmath_jax.search.select import ValueExample
-from smallmath_jax.tasks import judged, ppm
-from smallmath_jax.tasks.judged import Judged, held_out, plan_steps
+from smallmath_jax.tasks import judged, ppm, training
+from smallmath_jax.tasks.judged import Batches, held_out, judged_items, plan_steps
 from smallmath_jax.tasks.policy import copied, load_policy, make_mesh
 from smallmath_jax.tasks.search import squash_of
+from smallmath_jax.train import step as steps
 from smallmath_jax.train.loop import StopSignal
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import ppm as ppm_config  # noqa: E402
 
 
-def sequence(length):
+def prompt_of(length=3):
     ids = np.arange(length, dtype=np.int32)
-    prompt = Prompt("p", "", ids[:3], np.tile(ids[:3], (3, 1)), 3)
-    return judged._ended(prompt, ids[3:].tolist())
+    return Prompt("p", "", ids, np.tile(ids, (3, 1)), length)
 
 
-def items(count, sides=2, seed=0):
+def items(count, seed=0):
+    """Items of one pair whose sides share nothing, three a problem."""
     source = np.random.default_rng(seed)
     problem = lambda index: Problem(id=f"p{index // 3}", problem="", answer="")
-    lengths = source.integers(5, 30, (count, sides))
-    return [
-        Judged(problem(index), tuple(map(sequence, row)), 1 / (1 + index % 4), float(index % 2))
-        for index, row in enumerate(lengths)
-    ]
+    made = []
+    for index in range(count):
+        sides = [(side, *range(length)) for side, length in enumerate(source.integers(2, 27, 2))]
+        term = (*sides, 1 / (1 + index % 4))
+        made.append(judged.judged(problem(index), prompt_of(), [term]))
+    return made
 
 
 def settings(**changes):
@@ -54,13 +56,81 @@ def test_a_plan_takes_every_pair_once_an_epoch_and_keeps_its_sides_together():
         for part in step:
             assert len(part) == 3
             held = [e for row in part for e in row]
-            assert {(i, 0) for i, _ in held} == {(i, s) for i, s in held if s == 0}
             assert {i for i, s in held if s == 0} == {i for i, s in held if s == 1}
             for row in part:
                 assert sum(len(found[i].sequences[s].token_ids) for i, s in row) <= 40
         assert tokens == sum(found[i].tokens for part in step for row in part for i, s in row if s)
     assert plan_steps(found, settings(epochs=2), 0, 0) == plan
     assert plan_steps(found, settings(epochs=2), 1, 0) != plan
+
+
+def pair(problem, prefix, chosen, rejected, positives=1, negatives=1):
+    return PreferencePair(problem, prefix, chosen, rejected, positives, negatives, 1.0, "step")
+
+
+def test_sides_that_begin_others_are_read_on_their_paths():
+    a, b, c = [1], [1, 2], [1, 2, 3]
+    terms = [((*a,), (9,), 0.5), ((*b,), (1, 7), 1.0), ((*c,), (9, 8), 1.0)]
+    one = judged.judged(Problem(id="p", problem="", answer=""), prompt_of(), terms)
+    paths = [tuple(sequence.token_ids[3:].tolist()) for sequence in one.sequences]
+    assert sorted(paths) == [(1, 2, 3), (1, 7), (9, 8)] and one.tokens == 6 + 5 + 5
+    read = [tuple(one.sequences[s].token_ids[3 : place + 1].tolist()) for s, place in one.ends]
+    assert sorted(read) == [(1,), (1, 2), (1, 2, 3), (1, 7), (9,), (9, 8)]
+    assert [(read[x], read[y], w) for x, y, w in one.pairs] == [tuple(term) for term in terms]
+    assert one.terms == 3 and one.weight == 2.5
+
+
+def test_items_hold_a_problem_and_drop_what_cannot_be_read(policy):
+    model, _ = policy
+    config = toy_config("ppm", 1)
+    config.ppm.update({"max_tokens": 40})
+    problems = [Problem(id=f"q{n}", problem="Larger?", answer="") for n in range(2)]
+    found = [pair("q0", [5], [6], [7], 2, 2), pair("q0", [5, 6], [8], [9], 1, 2)]
+    found += [pair("q1", [], [6], [7] * 50), pair("unknown", [], [6], [7])]
+    examples = [ValueExample("q1", [6, 7], 0.5), ValueExample("q1", [6], -1.0)]
+    both, single, dropped = judged_items(model, problems, found, examples, config)
+    assert dropped == {"too_long": 1, "no_prompt": 1}
+    (one,), (other,) = both, single
+    assert one.problem.id == "q0" and [w for _, _, w in one.pairs] == [0.25, 0.5]
+    assert len(other.sequences) == 1 and sorted(v for _, v in other.targets) == [-1.0, 0.5]
+    config.ppm.microbatch_rows = 1  # an item takes half of its microbatch: 32 tokens here
+    both, _, _ = judged_items(model, problems, found, [], config)
+    assert len(both) == 2
+
+
+def test_values_on_shared_paths_are_those_of_sides_read_apart(policy):
+    model, mesh = policy
+    config = toy_config("ppm", 1)
+    problems = [Problem(id=f"q{n}", problem="Larger?", answer="") for n in range(4)]
+    found = []
+    for n in range(4):
+        found += [pair(f"q{n}", [], [20 + n], [30 + n]), pair(f"q{n}", [20 + n], [40], [41, n])]
+    whole, _, _ = judged_items(model, problems, found, [], config)
+    apart = [one for term in found for one in judged_items(model, problems, [term], [], config)[0]]
+    assert sum(one.tokens for one in whole) < sum(one.tokens for one in apart)
+    headed = dataclasses.replace(model, model=ppm._with_head(copied(model), config, mesh))
+
+    def margins(some):
+        plan = plan_steps(some, settings(pairs=99, row_length=64), 0, 64)
+        layout = training.Layout(64, 64, 3, plan.microbatches)
+        batch = Batches(some, plan, layout, headed, mesh, 0).step(0, dropout=False)
+        compute = training.make_compute(model.config, config, mesh)
+        found = []
+        for number in range(plan.microbatches):
+            part = jax.tree.map(lambda x, n=number: x[n], batch)
+            values = steps.end_values(headed.model, part, compute)
+            margin = values[part["pairs"][:, 0]] - values[part["pairs"][:, 1]]
+            found += np.asarray(margin)[np.asarray(part["pair_weights"]) > 0].tolist()
+        assert np.isclose(np.sum(batch["pair_weights"]), 1, atol=1e-6)
+        return sorted(found)
+
+    np.testing.assert_allclose(margins(whole), margins(apart), atol=1e-5)
+
+
+def test_no_step_of_an_epoch_is_empty():
+    for sizes, parts in (([1] * 7, 7), ([50, 1, 1, 1], 4), ([1, 1, 50, 1, 1], 3), ([3] * 10, 4)):
+        found = judged._part_of(np.array(sizes), parts).tolist()
+        assert found == sorted(found) and set(found) == set(range(parts))
 
 
 def test_a_budget_of_tokens_ends_a_plan():

@@ -20,7 +20,7 @@ from smallmath_jax.data.tiny import tiny_problems
 from smallmath_jax.data.tiny_noise import noisy_solution
 from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.parallel import hosts
-from smallmath_jax.records import Problem, read_parts, to_json, write_text
+from smallmath_jax.records import Problem, draw_key, read_parts, to_json, write_text
 from smallmath_jax.report import insights, pages
 from smallmath_jax.report.trees import write_tree_index
 from smallmath_jax.tasks import evaluate, evolve_measures, export, ppm, runs, sft, stages
@@ -92,19 +92,28 @@ def check(config: Any) -> None:
 
 
 def load_pool(config: Any, folder: Any) -> list[Problem]:
-    """The problems the rounds search; embedded ones without those that the bootstrap policy learnt from."""
+    """The problems the rounds search; embedded ones without those that the bootstrap policy may learn from."""
     limit = config.limit
-    taught: set[str] = set()
     if config.bootstrap.solutions:
-        taught = {problem.id for problem in bootstrap_problems(config)}
-        limit = limit or 2 * config.evolve.rounds * (config.evolve.per_round or 500)
+        limit = limit or 4 * config.evolve.rounds * (config.evolve.per_round or 500)
     pool = training_problems(config.problems, limit, config, folder)
-    return [problem for problem in pool if problem.id not in taught]
+    kept = [one for one in pool if not (config.bootstrap.solutions and is_bootstraps(one))]
+    return list({one.id: one for one in kept}.values())
 
 
 def bootstrap_problems(config: Any) -> list[Problem]:
     settings = config.bootstrap
-    return tiny_problems("train", settings.solutions, settings.problems_seed + config.seed)
+    count, seed = settings.solutions, settings.problems_seed + config.seed
+    return [one for one in tiny_problems("train", 3 * count, seed) if is_bootstraps(one)][:count]
+
+
+def is_bootstraps(problem: Problem) -> bool:
+    """Which half of the embedded problems is the bootstrap's, the other half the rounds'.
+
+    Small templates have a few dozen problems: a bootstrap that drew from all of them left none for the rounds, which
+    then forgot how to solve them.
+    """
+    return bool(draw_key("bootstrap half", problem.id)[0] % 2)
 
 
 def bootstrap(bench: Bench, base: Policy) -> Policy:

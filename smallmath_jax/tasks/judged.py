@@ -1,12 +1,14 @@
-"""What a preference model is trained on: pairs and examples as sequences, packed into batches of fixed shape.
+"""What a preference model is trained on: paths of trees and the places on them that are judged, packed into batches.
 
-A batch is planned on the host from the items and the seed alone, so that a run resumes from a step number. Both sides
-of a pair lie in one microbatch; weights sum to 1 over a step (law 1).
+Two steps that share a prefix, and a step and the trajectory it leads to, share their tokens: what is judged lies at
+ends along a path, and a path is read once for all its ends. A batch is planned on the host from the items and the seed
+alone, so that a run resumes from a step number. An item lies in one microbatch; weights sum to 1 over a step (law 1).
 """
 
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -19,20 +21,39 @@ from smallmath_jax.records import PreferencePair, Problem, Prompt, draw_key
 from smallmath_jax.search.select import ValueExample
 from smallmath_jax.tasks import training
 from smallmath_jax.tasks.policy import Policy, prompts_for, with_pixels
+from smallmath_jax.train.advantages import pair_weights
+
+ITEM_SHARE = 0.5  # of a microbatch's tokens: what one item may hold, so that items pack well
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Judged:
-    """One term of a value loss: a pair (chosen, rejected), or one example and its target."""
+    """Terms of a value loss on one problem, and the paths they are read from.
+
+    Every pair counts with its own weight (before a step's weights are made to sum to 1), every target with 1.
+    """
 
     problem: Problem
-    sequences: tuple[Sequence, ...]  # weight 1 on the last token, 0 elsewhere
-    weight: float  # before a step's weights are made to sum to 1
-    target: float = 0.0
+    sequences: tuple[Sequence, ...]  # paths from the root; no one is the beginning of another
+    ends: tuple[tuple[int, int], ...]  # (sequence, place of the token whose value is read)
+    pairs: tuple[tuple[int, int, float], ...] = ()  # (chosen end, rejected end, weight)
+    targets: tuple[tuple[int, float], ...] = ()  # (end, value it is to have)
 
     @property
     def tokens(self) -> int:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+    @property
+    def terms(self) -> int:
+        return len(self.pairs) + len(self.targets)
+
+    @property
+    def weight(self) -> float:
+        return sum(weight for _, _, weight in self.pairs) + len(self.targets)
+
+
+Ids = tuple[int, ...]
+Term = tuple[Ids, Ids, float] | tuple[Ids, float]  # a pair of sides and its weight, or a target
 
 
 def judged_items(
@@ -42,36 +63,82 @@ def judged_items(
     examples: SequenceOf[ValueExample],
     config: Any,
 ) -> tuple[list[Judged], list[Judged], dict[str, int]]:
-    """(pairs, examples, what was dropped by reason). A side longer than `ppm.max_tokens` drops its term whole.
+    """(items of pairs, items of examples, terms dropped by reason), a problem's terms together.
 
-    A pair weighs 1 / (n_pos n_neg) of its set (equation 4), an example 1.
+    A side longer than `ppm.max_tokens` drops its term whole. A pair weighs 1 / (n_pos n_neg) of its set (equation 4).
     """
     kept, prompts, _ = prompts_for(unique(problems), policy, config)
     known = {one.id: (one, prompt) for one, prompt in zip(kept, prompts, strict=True)}
     limit = min(config.ppm.max_tokens, config.ppm.row_length)
+    room = int(ITEM_SHARE * config.ppm.microbatch_rows * config.ppm.row_length)
     counts: Counter[str] = Counter()
 
-    def make(problem_id: str, sides: SequenceOf[list[int]], weight: float, target: float = 0.0):
-        if problem_id not in known:
-            counts["no_prompt"] += 1
-            return None
-        problem, prompt = known[problem_id]
-        if len(prompt.token_ids) + max(map(len, sides)) > limit:
-            counts["too_long"] += 1
-            return None
-        return Judged(problem, tuple(_ended(prompt, ids) for ids in sides), weight, target)
+    def items(terms: Iterable[tuple[str, Term]]) -> list[Judged]:
+        by_problem: dict[str, list[Term]] = {}
+        for name, term in terms:
+            if name not in known:
+                counts["no_prompt"] += 1
+            elif len(known[name][1].token_ids) + max(map(len, term[:-1])) > limit:
+                counts["too_long"] += 1
+            else:
+                by_problem.setdefault(name, []).append(term)
+        return [
+            judged(*known[name], part)
+            for name, found in by_problem.items()
+            for part in _parts(found, len(known[name][1].token_ids), room)
+        ]
 
-    both = (
-        make(
-            pair.problem_id,
-            (pair.prefix_ids + pair.chosen_ids, pair.prefix_ids + pair.rejected_ids),
-            1.0 / (pair.positives * pair.negatives),
-        )
-        for pair in pairs
+    weights = pair_weights([one.positives for one in pairs], [one.negatives for one in pairs])
+    side = lambda pair, ids: (*pair.prefix_ids, *ids)
+    both = items(
+        (one.problem_id, (side(one, one.chosen_ids), side(one, one.rejected_ids), float(weight)))
+        for one, weight in zip(pairs, weights, strict=True)
     )
-    single = (make(one.problem_id, (one.token_ids,), 1.0, one.value) for one in examples)
-    found = [one for one in both if one], [one for one in single if one]
-    return *found, dict(counts)
+    single = items((one.problem_id, (tuple(one.token_ids), one.value)) for one in examples)
+    return both, single, dict(counts)
+
+
+def judged(problem: Problem, prompt: Prompt, terms: SequenceOf[Term]) -> Judged:
+    """The item of these terms of one problem: the longest of their sides as paths, all others as ends on them."""
+    sides = dict.fromkeys(side for term in terms for side in term[:-1])
+    paths, places = [], {}
+    for side in sorted(sides, reverse=True):  # a beginning comes right behind what it begins
+        if not paths or paths[-1][: len(side)] != side:
+            paths.append(side)
+        places[side] = len(paths) - 1, len(prompt.token_ids) + len(side) - 1
+    number = {side: index for index, side in enumerate(sides)}
+    return Judged(
+        problem,
+        tuple(_ended(prompt, list(path)) for path in paths),
+        tuple(places[side] for side in sides),
+        tuple((number[t[0]], number[t[1]], t[2]) for t in terms if len(t) == 3),
+        tuple((number[t[0]], t[1]) for t in terms if len(t) == 2),
+    )
+
+
+def _parts(terms: SequenceOf[Term], prompt: int, room: int) -> Iterable[list[Term]]:
+    """Terms in their order, cut where the paths of a part could need more than `room` tokens."""
+    part, needed = [], 0
+    for term in terms:
+        more = sum(prompt + len(side) for side in term[:-1])
+        if part and needed + more > room:
+            # Many sides begin others: count the paths themselves before giving up on the part
+            needed = _path_tokens([*part, term], prompt) - more
+            if needed + more > room:
+                yield part
+                part, needed = [], 0
+        part.append(term)
+        needed += more
+    if part:
+        yield part
+
+
+def _path_tokens(terms: SequenceOf[Term], prompt: int) -> int:
+    total, last = 0, None
+    for side in sorted({side for term in terms for side in term[:-1]}, reverse=True):
+        if last is None or last[: len(side)] != side:
+            total, last = total + prompt + len(side), side
+    return total
 
 
 def _ended(prompt: Prompt, ids: list[int]) -> Sequence:
@@ -106,51 +173,70 @@ class Plan:
     steps: list[list[list[Row]]]  # step -> microbatch -> row
     tokens: list[int]  # of each step
     microbatches: int  # of the largest step
-    ends: int  # sequences a microbatch may hold
+    ends: int  # values a microbatch may read
+    pairs: int  # pairs it may compare
 
 
 def plan_steps(items: SequenceOf[Judged], settings: Any, seed: int, row_patches: int) -> Plan:
-    """Packs epochs * items, `settings.pairs` terms a step, until `steps` or `tokens` are reached where they are set.
+    """Packs epochs * items, about `settings.pairs` terms a step, until `steps` or `tokens` are reached where set.
 
-    The two sides of a pair lie in one microbatch. Raises ValueError for no items, or one that fits no row.
+    An epoch takes every item once. Raises ValueError for no items, or one that fits no microbatch.
     """
     if not items:
         raise ValueError("no pair or example to train on; search more problems, or filter less")
-    per_step = min(settings.pairs, len(items))
-    epoch_steps = len(items) // per_step
+    terms = np.array([item.terms for item in items])
+    epoch_steps = min(max(1, round(terms.sum() / settings.pairs)), len(items))
     total = settings.steps or settings.epochs * epoch_steps
-    ends = settings.microbatch_rows * max(4, settings.row_length // 256)
     planned, tokens = [], []
     for step in range(total):
         epoch, place = divmod(step, epoch_steps)
-        order = epoch_order(len(items), seed, epoch)[place * per_step : (place + 1) * per_step]
-        planned.append(_fill(items, order.tolist(), settings, row_patches, ends))
+        order = epoch_order(len(items), seed, epoch)
+        order = order[_part_of(terms[order], epoch_steps) == place]
+        planned.append(_fill(items, order.tolist(), settings, row_patches))
         tokens.append(sum(items[index].tokens for index in order))
         if settings.tokens and sum(tokens) >= settings.tokens:
             break
-    return Plan(planned, tokens, max(map(len, planned)), ends)
+    parts = [{i for row in part for i, _ in row} for step in planned for part in step]
+    most = lambda count: max(sum(count(items[index]) for index in part) for part in parts)
+    return Plan(
+        planned,
+        tokens,
+        max(map(len, planned)),
+        most(lambda item: len(item.ends)),
+        max(1, most(lambda item: len(item.pairs))),
+    )
+
+
+def _part_of(terms: np.ndarray, parts: int) -> np.ndarray:
+    """Which of `parts` runs of about equally many terms each item falls into; none of them stays empty."""
+    middle = np.cumsum(terms) - terms / 2
+    wanted = np.floor(middle * parts / terms.sum()).astype(int)
+    found = np.zeros(len(terms), int)
+    for index in range(1, len(terms)):
+        # One part further at most, and far enough that the items left can fill the parts left
+        lowest = max(found[index - 1], parts - len(terms) + index)
+        found[index] = min(max(wanted[index], lowest), found[index - 1] + 1, parts - 1)
+    return found
 
 
 def _fill(
-    items: SequenceOf[Judged], order: list[int], settings: Any, row_patches: int, ends: int
+    items: SequenceOf[Judged], order: list[int], settings: Any, row_patches: int
 ) -> list[list[Row]]:
     """Microbatches of rows, first fit, an item's sequences together."""
     microbatches: list[list[Row]] = []
     room: list[list[int]] = []
-    held = 0
     for index in order:
         needs = [(len(one.token_ids), one.patches) for one in items[index].sequences]
-        places = _places(room, needs) if held + len(needs) <= ends else None
+        places = _places(room, needs)
         if places is None:
             microbatches.append([[] for _ in range(settings.microbatch_rows)])
             room = [[settings.row_length, row_patches] for _ in range(settings.microbatch_rows)]
-            held, places = 0, _places(room, needs)
+            places = _places(room, needs)
         if places is None:
             raise ValueError(
                 f"problem {items[index].problem.id!r}: sequences of {needs} tokens and patches do not fit "
                 f"{settings.microbatch_rows} rows of {settings.row_length} and {row_patches}"
             )
-        held += len(needs)
         for side, (row, (length, patches)) in enumerate(zip(places, needs, strict=True)):
             room[row][0] -= length
             room[row][1] -= patches
@@ -187,10 +273,8 @@ class Batches:
     def step(self, number: int, dropout: bool = True) -> dict[str, Any]:
         """[A, ...] arrays: rows cut over the mesh, what speaks of the whole microbatch on every device."""
         microbatches = self.plan.steps[number]
-        members = [
-            index for part in microbatches for row in part for index, side in row if not side
-        ]
-        total = sum(self.items[index].weight for index in members)
+        members = {index for part in microbatches for row in part for index, _ in row}
+        total = sum(self.items[index].weight for index in sorted(members))
         keys = (self.seed, "dropout", number) if dropout else ()
         parts = [self._part(rows, total, keys) for rows in microbatches]
         empty: list[Row] = [[] for _ in range(self.layout.rows)]
@@ -226,23 +310,28 @@ class Batches:
     def _ends(self, rows: list[Row], total: float, keys: tuple[Any, ...]) -> dict[str, np.ndarray]:
         count = self.plan.ends
         ends, names = np.zeros((count, 2), np.int32), np.zeros((count, 2), np.uint32)
-        pairs, pair_weights = np.zeros((count // 2, 2), np.int32), np.zeros(count // 2, np.float32)
+        pairs = np.zeros((self.plan.pairs, 2), np.int32)
+        pair_weights = np.zeros(self.plan.pairs, np.float32)
         targets, weights = np.zeros(count, np.float32), np.zeros(count, np.float32)
-        places: dict[tuple[int, int], int] = {}
+        starts: dict[int, dict[int, tuple[int, int]]] = {}  # item -> sequence -> row and start
         for row, entries in enumerate(rows):
             start = 0
             for index, side in entries:
-                place = places[index, side] = len(places)
+                starts.setdefault(index, {})[side] = row, start
                 start += len(self.items[index].sequences[side].token_ids)
-                ends[place] = row, start - 1
-                targets[place] = self.items[index].target
-                weights[place] = self.items[index].weight / total
+        first_end = first_pair = 0
+        for index, found in starts.items():
+            item = self.items[index]
+            for number, (side, place) in enumerate(item.ends, first_end):
+                ends[number] = found[side][0], found[side][1] + place
                 if keys:
-                    names[place] = draw_key(*keys, index, side)
-        both = [index for index, side in places if side]
-        for number, index in enumerate(both):
-            pairs[number] = places[index, 0], places[index, 1]
-            pair_weights[number] = self.items[index].weight / total
+                    names[number] = draw_key(*keys, index, number - first_end)
+            for number, (chosen, rejected, weight) in enumerate(item.pairs, first_pair):
+                pairs[number] = first_end + chosen, first_end + rejected
+                pair_weights[number] = weight / total
+            for end, value in item.targets:
+                targets[first_end + end], weights[first_end + end] = value, 1.0 / total
+            first_end, first_pair = first_end + len(item.ends), first_pair + len(item.pairs)
         return {
             "ends": ends,
             "dropout_keys": names,

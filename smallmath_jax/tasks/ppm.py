@@ -150,7 +150,7 @@ def train_judge(
         value_dropout=settings.dropout,
     )
     runs.say(
-        f"{title}: {len(items)} {'pairs' if settings.loss == 'ppm' else 'examples'}, {len(test)} pairs held out, "
+        f"{title}: {_terms(items)} {'pairs' if settings.loss == 'ppm' else 'examples'}, {_terms(test)} pairs held out, "
         f"{sum(plan.tokens):,} tokens in {total} steps"
         + (f"; dropped {dropped}" if dropped else "")
     )
@@ -190,6 +190,10 @@ def _shown(record: dict[str, Any]) -> dict[str, float]:
     return {label: float(record[name]) for name, label in names.items() if name in record}
 
 
+def _terms(items: SequenceOf[Judged]) -> int:
+    return sum(item.terms for item in items)
+
+
 def _write_result(
     folder: epath.Path,
     record: dict[str, Any],
@@ -201,8 +205,8 @@ def _write_result(
     if hosts.host_index() == 0:
         result = {
             "held_out_accuracy": record["eval/accuracy"],
-            "held_out_pairs": len(test),
-            "trained_on": len(items),
+            "held_out_pairs": _terms(test),
+            "trained_on": _terms(items),
             "tokens": sum(plan.tokens),
             "dropped": dropped,
         }
@@ -214,7 +218,7 @@ def _measure(test: SequenceOf[Judged], config: Any, trainer: training.Trainer, m
     if not test:
         return lambda model: float("nan")
     once = config.ppm.copy_and_resolve_references()
-    once.update({"epochs": 1, "steps": 0, "tokens": 0, "pairs": len(test)})
+    once.update({"epochs": 1, "steps": 0, "tokens": 0, "pairs": _terms(test)})
     plan = plan_steps(test, once, config.seed, trainer.layout.row_patches)
     layout = dataclasses.replace(trainer.layout, microbatches=plan.microbatches)
     batch = Batches(test, plan, layout, trainer.policy, mesh, config.seed).step(0, dropout=False)
@@ -228,7 +232,7 @@ def _measure(test: SequenceOf[Judged], config: Any, trainer: training.Trainer, m
 
     def accuracy(model: Any) -> float:
         parts = (jax.tree.map(lambda x, a=a: x[a], batch) for a in range(plan.microbatches))
-        return sum(int(right(model, part)) for part in parts) / len(test)
+        return sum(int(right(model, part)) for part in parts) / _terms(test)
 
     return accuracy
 
