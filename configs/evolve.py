@@ -81,11 +81,11 @@ def get_config(mode=None):
     evolve.more_from = 4  # the first round that does
     # Trees an unsolved problem gets then: the first goes on, the others are new
     evolve.more_seeds = 1
-    evolve.more_problems = 30 if tiny else 0  # at most as many of them; 0: all
+    evolve.more_problems = 60 if tiny else 0  # at most as many of them; 0: all
     # Also search what is unsolved once more, with a new seed and no more rollouts
     evolve.control = tiny
     # Problems a round: unsolved ones, the rest new; 0: all of them, every round
-    evolve.per_round = 300 if tiny else 0
+    evolve.per_round = 400 if tiny else 0
     # At most, of a round's problems, those that earlier rounds left unsolved
     evolve.old_share = 0.25
     # Of an embedded problem, that a right program must also be right on
@@ -112,12 +112,13 @@ def get_config(mode=None):
     config.pairs = ppm.pair_settings(mode)
     config.ppm = ppm.ppm_settings(mode)
     if tiny:
-        config.ppm.epochs = 2
-        config.ppm.optimizer.learning_rate = 7e-4
+        config.ppm.epochs = 10
+        config.ppm.tokens = 1_000_000  # about a minute
+        config.ppm.optimizer.learning_rate = 1e-3
 
     config.eval = common.evaluation(mode)
     config.eval.problems = ("tiny:test",) if tiny else ("math500", "aime2024", "amc23")
-    config.eval.limit = 500 if tiny else 0
+    config.eval.limit = 520 if tiny else 0
     config.eval.samples = 8
     config.eval.final_samples = 16 if tiny else 64  # after the last round, for the scaling curve
     config.eval.search_problems = 100 if tiny else 0  # problems searched after a round; 0: all
