@@ -193,15 +193,22 @@ def _plain(value: Any) -> Any:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Publishes a file whole: a reader sees the old file or the new one, never a torn one."""
+    """Publishes a file whole: a reader sees the old file or the new one, never a torn one.
+
+    Raises OSError naming the file, of which nothing is left then, for example on a full disk.
+    """
     target, text = epath.Path(path), _encodable(text)
     target.parent.mkdir(parents=True, exist_ok=True)
     if str(path).startswith("gs://"):  # one object, one upload: already atomic
         target.write_text(text)
         return
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
-    partial.write_text(text)
-    os.replace(partial, target)
+    try:
+        partial.write_text(text)
+        os.replace(partial, target)
+    except OSError as error:  # a full disk's names no file, and half a file would keep it full
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def write_part(folder: str | os.PathLike[str], name: str, rows: Iterable[Any]) -> None:
@@ -215,10 +222,11 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     if not root.exists():
         return
     for path in sorted(root.glob("*.jsonl"), key=lambda part: part.name):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        # Bytes: as text, lines would also end at U+0085 and U+2028, which a model may write and JSON leaves as they are
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # torn inside a character, too
                 raise ValueError(
                     f"{path}, line {number}: not a JSON object ({error}); the part is damaged, delete or restore it"
                 ) from error

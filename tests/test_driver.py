@@ -175,6 +175,17 @@ def test_killed_and_continued_no_problem_is_lost_or_done_twice(tmp_path, no_prom
     assert parts[0] == "00000-host0.jsonl" and len(parts) >= 9
 
 
+def test_a_kill_costs_no_finished_tree_older_than_half_a_minute(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(task.time, "monotonic", lambda: clock[0])
+    parts, saved = task.Parts(tmp_path), []
+    for number in range(8):  # one each ten seconds; the parts are never left, as by a kill
+        parts.add({"number": number})
+        saved.append(len(list(read_parts(tmp_path))))
+        clock[0] += 10
+    assert saved == [0, 0, 0, 4, 4, 4, 4, 8]
+
+
 def test_a_tree_that_goes_on_is_the_one_searched_at_once(tmp_path, no_prompts):
     short = grow(tmp_path / "short", Stop(10**9))
     long = dataclasses.replace(SETTINGS, rollouts=9)

@@ -52,7 +52,8 @@ def test_resume_drops_every_later_record_on_every_host(tmp_path):
             rows = [{"step": step, "host": host} for step in steps]
             write_part(tmp_path / "metrics", part_name(steps[-1], host), rows)
         for step in range(1, 10):
-            write_part(tmp_path / "completions", part_name(step, host), [{"step": step}])
+            row = {"step": step, "text": "a\u2028b\x85"}  # a model may write what text splits at
+            write_part(tmp_path / "completions", part_name(step, host), [row])
     MetricWriter(tmp_path, host=1).drop_after(5)  # as a host of two: its own
     assert part_name(9, 0) in names(tmp_path / "metrics")
     writer = MetricWriter(tmp_path, host=0)

@@ -1,6 +1,8 @@
 """Records on disk: a part is there whole or not at all, and a key is a pure function of what it names."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -29,7 +31,31 @@ def test_a_torn_line_is_named(tmp_path):
     (tmp_path / "3.jsonl").write_text('{"step": 1}\n{"st')
     with pytest.raises(ValueError, match="3.jsonl, line 2: not a JSON object"):
         list(read_parts(tmp_path))
+    (tmp_path / "3.jsonl").write_bytes('{"step": 1}\n{"text": "é'.encode()[:-1])  # in a character
+    with pytest.raises(ValueError, match="3.jsonl, line 2: not a JSON object"):
+        list(read_parts(tmp_path))
     assert list(read_parts(tmp_path / "nowhere")) == []
+
+
+def test_a_line_ends_only_where_the_writer_ended_it(tmp_path):
+    rows = [{"text": "".join(map(chr, range(0x100))) + "\u2028\u2029"}, {"text": "\r\n"}]
+    write_part(tmp_path, "1.jsonl", rows)
+    assert list(read_parts(tmp_path)) == rows
+
+
+def test_a_full_disk_is_named_and_not_kept_full(tmp_path, monkeypatch):
+    path_type = type(epath.Path(tmp_path))
+    whole = path_type.write_text
+
+    def full(path, text):
+        whole(path, text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(path_type, "write_text", full)
+    with pytest.raises(OSError, match="No space left on device.*1.jsonl") as found:
+        write_part(tmp_path, "1.jsonl", [{"step": 1}])
+    assert found.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_a_surrogate_pair_can_be_written_and_read_back(tmp_path):

@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +42,10 @@ from smallmath_jax.tasks.rollouts import make_engine
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import Progress, StopSignal
 
-PART_TREES = 64  # trees a published part holds at most: what a kill can cost
+# A part is published when it holds so many trees, or when the first of them has waited so long: what a kill can cost,
+# beside what was under way
+PART_TREES = 64
+PART_SECONDS = 30.0
 
 # Value scales at inference: tanh(raw / 5) is the public code's for scores trained raw; an ORM's logit becomes
 # 2 sigmoid - 1; a PQM, and a PPM trained through tanh, were squashed in training.
@@ -205,10 +209,10 @@ def described(tree: Tree, problem: Problem, driver: Driver) -> Tree:
 
 
 class Parts:
-    """Writes rows as parts NUMBER-hostH.jsonl, PART_TREES a part, the rest when it is left, by an error too."""
+    """Writes rows as parts NUMBER-hostH.jsonl by PART_TREES and PART_SECONDS, the rest when left, by an error too."""
 
     def __init__(self, folder: epath.Path):
-        self._folder, self._rows = epath.Path(folder), []
+        self._folder, self._rows, self._since = epath.Path(folder), [], 0.0
         mine = f"-host{hosts.host_index()}.jsonl"
         found = self._folder.glob(f"*{mine}") if self._folder.exists() else ()
         self._next = max((int(part.name.removesuffix(mine)) + 1 for part in found), default=0)
@@ -221,8 +225,10 @@ class Parts:
 
     def add(self, *rows: Any) -> None:
         """Rows that stand in one part, for example those of one problem."""
+        now = time.monotonic()
+        self._since = self._since if self._rows else now
         self._rows += rows
-        if len(self._rows) >= PART_TREES:
+        if len(self._rows) >= PART_TREES or now - self._since >= PART_SECONDS:
             self._publish()
 
     def _publish(self) -> None:

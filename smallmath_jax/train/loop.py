@@ -99,7 +99,7 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
 
 def _trim(path: epath.Path, step: int, host: int) -> list[dict[str, Any]]:
     """Replaces a part by its records up to `step`, and returns them. Killed in between, it can be called again."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     kept = [row for row in rows if row.get("step", step + 1) <= step]
     if kept:
         write_part(path.parent, part_name(kept[-1]["step"], host), kept)
