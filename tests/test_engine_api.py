@@ -177,6 +177,24 @@ def test_a_deep_tree_is_the_uncached_model_on_its_path(start):
     assert made.counters()["nodes"] == 1 + 4 + 12
 
 
+@pytest.mark.parametrize("length", [16, 24])
+def test_a_path_whose_first_pages_were_evicted_is_the_uncached_model(length):
+    """The pages of a path are used in its order, so its first ones are the first to go, and leave later ones behind."""
+    made = engine(cache_length=32, pages=4)
+    start, other = prompt("evicted", 8), prompt("other", length)
+    tokens = np.random.default_rng(0).integers(7, 47, 19).astype(np.int32)
+    middle = made.append(made.append(made.root(start), tokens[:8]), tokens[8:16])
+    for node in (
+        middle,
+        made.root(other),
+    ):  # four pages: the other takes those of one or two chunks
+        made.extend(node, Limits(4), DRAWN, keys("aside")[0])
+    rollout = made.extend(made.append(middle, tokens[16:]), Limits(4), DRAWN, keys("end")[0])[1]
+    whole = dataclasses.replace(rollout, token_ids=np.append(tokens, rollout.token_ids))
+    expected = full_log_probs(start, whole, 1.0)[len(tokens) :]
+    np.testing.assert_allclose(rollout.log_probs, expected, atol=1e-4)
+
+
 def test_fork_keeps_what_else_finishes_for_step():
     made = engine()
     root = made.root(TEXT)

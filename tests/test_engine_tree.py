@@ -86,3 +86,10 @@ def test_waves_keep_the_order_of_a_path_and_the_size_of_a_call():
         assert all(before[page] is None or before[page] in done for page in wave)
         done |= set(wave)
     assert done == set(before)
+
+
+def test_a_page_waits_for_one_that_was_evicted_further_up():
+    path = [(0, 0), (1, 1), (2, 2), (3, 3)]
+    before = dict(zip(path, [None, *path[:-1]], strict=True))
+    missing = [(0, 0), (1, 1), (3, 3)]  # the one in front of the last is there
+    assert list(waves(missing, before, 8)) == [[(0, 0)], [(1, 1)], [(3, 3)]]

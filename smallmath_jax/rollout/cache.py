@@ -161,10 +161,21 @@ class Tree:
 
 
 def waves(pages: list[Page], before: dict[Page, Page | None], rows: int) -> Iterator[list[Page]]:
-    """Cuts pages to compute into lists of at most `rows`, each page after the one `before` it on its path."""
+    """Cuts pages to compute into lists of at most `rows`, each page after all those before it on its path.
+
+    `before` leads from each page of a path to the one in front of it. All of them count: a page that is there may
+    follow one that was evicted.
+    """
     left = dict.fromkeys(sorted(pages, key=lambda page: page[1]))
+
+    def waits(page: Page) -> bool:
+        while (page := before[page]) is not None:
+            if page in left:
+                return True
+        return False
+
     while left:
-        ready = [page for page in left if before[page] not in left][:rows]
+        ready = [page for page in left if not waits(page)][:rows]
         for page in ready:
             del left[page]
         yield ready
