@@ -42,7 +42,7 @@ def base(task: str, mode: str) -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "model": 1})
     config.prompt = ConfigDict(
         {
-            "grammar": "think_answer",
+            "grammar": "think_answer",  # think_answer | code_steps
             "system": "auto",  # auto: the grammar's own instruction; "": none; else this text
             "prefix": "",  # text put after the generation prompt, for example "<think>"
             "max_tokens": 64 if tiny else 1024,  # longer prompts are dropped and counted

@@ -11,6 +11,7 @@ from configs import common
 def get_config(mode=None):
     mode = common.check_mode(mode)
     config = common.base("export", mode)
+    config.prompt.grammar = "auto"  # that of the run in init_from, else think_answer
     config.step = -1  # -1: the newest checkpoint
     config.out = ""  # default: WORKDIR/export
     config.dtype = "auto"  # auto: as the source folder says; or float32, bfloat16, float16

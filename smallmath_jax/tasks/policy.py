@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +57,16 @@ def load_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
     policy = (
         _tiny_policy(config, mesh) if source == "tiny" else _folder_policy(source, config, mesh)
     )
-    if config.prompt.step_tokens:
-        policy = with_step_tokens(policy, GRAMMARS[config.prompt.grammar].marks)
+    marks = step_marks(config.prompt.grammar, config.prompt.step_tokens)
+    if config.init_from:  # its marks keep their rows, whatever is asked of it now
+        before = run_config(config.init_from)["prompt"]
+        marks = tuple(
+            {
+                **dict.fromkeys(step_marks(before["grammar"], before["step_tokens"])),
+                **dict.fromkeys(marks),
+            }
+        )
+    policy = with_step_tokens(policy, marks)
     if config.init_from:
         policy = dataclasses.replace(
             policy, model=restore_run(config.init_from, policy.model, mesh)
@@ -67,6 +75,22 @@ def load_policy(config: Any, mesh: jax.sharding.Mesh) -> Policy:
         policy = dataclasses.replace(policy, model=add_lora(policy.model, config, mesh))
     _check_freeze(policy, config)
     return policy
+
+
+def step_marks(grammar: str, step_tokens: bool) -> tuple[str, ...]:
+    """The marks of a grammar that are tokens of their own."""
+    return GRAMMARS[grammar].marks if step_tokens else ()
+
+
+def settle_grammar(config: Any) -> None:
+    """Sets a `config.prompt.grammar` of "auto": that of the run in `init_from` and its form, else think_answer."""
+    if config.prompt.grammar != "auto":
+        return
+    config.prompt.grammar = "think_answer"
+    if config.init_from:
+        before = run_config(config.init_from)["prompt"]
+        config.prompt.grammar = before["grammar"]
+        config.prompt.step_tokens = before["step_tokens"]
 
 
 def _check_freeze(policy: Policy, config: Any) -> None:
@@ -100,10 +124,16 @@ def run_config(workdir: str) -> dict[str, Any]:
     path = found[0] if found else root / "config.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"init_from={workdir}: no config.json there, so it is not a run's workdir; "
-            "give the folder a run printed as its workdir, or an HF folder as --config.model"
+            f"{workdir}: no config.json of a run there; give the folder a run printed as its workdir "
+            "(a Hugging Face folder goes into --config.model)"
         )
-    return json.loads(path.read_text())["config"]
+    record = json.loads(path.read_text())
+    if "config" not in record:
+        raise ValueError(
+            f"{workdir}: a Hugging Face folder and not a run's workdir; give it as --config.model, or the workdir it "
+            "was exported from"
+        )
+    return record["config"]
 
 
 def restore_run(workdir: str, model: QwenVL, mesh: jax.sharding.Mesh, step: int = -1) -> QwenVL:
@@ -125,15 +155,55 @@ def restore_model(
 
 
 def newest_checkpoints(workdir: str) -> epath.Path:
-    """The checkpoints folder of a run: its own, else its SFT stage's, else that of its last round's policy."""
+    """The checkpoints folder of a run's policy: its own, else its SFT stage's, else that of its last finished round.
+
+    Raises FileNotFoundError when there is none yet.
+    """
     root = epath.Path(workdir)
-    rounds = sorted(root.glob("round_*/sft/checkpoints"), reverse=True) if root.exists() else ()
-    for folder in (root / "checkpoints", root / "sft" / "checkpoints", *rounds):
-        if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
+    for folder in (root / "checkpoints", root / "sft" / "checkpoints"):
+        if _has_steps(folder):
             return folder
-    raise FileNotFoundError(
-        f"{workdir}: no checkpoint in checkpoints/ or sft/checkpoints/; has the run saved one yet?"
+    return _of_last_round(root, "sft") or _no_checkpoint(
+        root,
+        f"{root} has no checkpoint in checkpoints/ or sft/checkpoints/; has the run saved one yet?",
     )
+
+
+def judge_checkpoints(workdir: str) -> epath.Path:
+    """The checkpoints folder of a run's preference model: its own, or that of its last finished round.
+
+    Raises FileNotFoundError when there is none yet, ValueError when the run trains no preference model.
+    """
+    root = epath.Path(workdir)
+    if "ppm" not in run_config(workdir):
+        raise ValueError(
+            f"judge={workdir}: that run trains no preference model; give the workdir of configs/ppm.py or "
+            "configs/evolve.py"
+        )
+    if _has_steps(root / "checkpoints"):
+        return root / "checkpoints"
+    return _of_last_round(root, "ppm") or _no_checkpoint(
+        root, f"{root} has no checkpoint in checkpoints/; has the run saved one yet?"
+    )
+
+
+def _has_steps(folder: epath.Path) -> bool:
+    return folder.exists() and any(child.name.isdigit() for child in folder.iterdir())
+
+
+def _of_last_round(root: epath.Path, stage: str) -> epath.Path | None:
+    """A stage's checkpoints in the last round of a self-evolution whose every stage is done."""
+    done = root.glob("round_*/evaluate/done.json") if root.exists() else ()
+    rounds = [path.parent.parent for path in done if (path.parent.parent / stage).exists()]
+    last = max(rounds, key=lambda path: int(path.name.removeprefix("round_")), default=None)
+    return last / stage / "checkpoints" if last else None
+
+
+def _no_checkpoint(root: epath.Path, otherwise: str) -> NoReturn:
+    if root.exists() and any(root.glob("round_*")):
+        first = f"; its first policy is {root}/bootstrap" if (root / "bootstrap").exists() else ""
+        raise FileNotFoundError(f"{root}: no round of this self-evolution is finished yet{first}")
+    raise FileNotFoundError(otherwise)
 
 
 def copied(policy: Policy) -> Policy:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from smallmath_jax.data.images import image_link
 from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, Prompt, Tree, read_parts, to_json, write_part, write_text
@@ -27,18 +28,17 @@ from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.driver import Driver, Judge, Meter, open_host
-from smallmath_jax.tasks.evaluate import image_link, sampling_of
 from smallmath_jax.tasks.policy import (
     Policy,
+    judge_checkpoints,
     load_policy,
     make_mesh,
-    newest_checkpoints,
     prompts_for,
     restore_model,
     run_config,
     with_pixels,
 )
-from smallmath_jax.tasks.rollouts import make_engine
+from smallmath_jax.tasks.rollouts import make_engine, sampling_of
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import Progress, StopSignal
 
@@ -98,10 +98,13 @@ def drawing(config: Any) -> dict[str, Any]:
 
 
 def load_judge(workdir: str, policy: Policy, config: Any, mesh: jax.sharding.Mesh) -> Judge:
-    """The preference model that a run of configs/ppm.py left in `workdir`; it must read the policy's tokens."""
+    """The preference model that a run of configs/ppm.py, or the last finished round of configs/evolve.py, left.
+
+    It must read the policy's tokens. Raises FileNotFoundError or ValueError for a workdir without one.
+    """
     settings = run_config(workdir)
     like = add_value_head(policy.model, jax.random.key(0))
-    model = restore_model(newest_checkpoints(workdir), like, mesh)
+    model = restore_model(judge_checkpoints(workdir), like, mesh)
     squash = squash_of(settings["ppm"]["loss"], settings["ppm"]["tanh_in_loss"])
     return make_judge(dataclasses.replace(policy, model=model), config, squash)
 
@@ -153,7 +156,8 @@ def grow_trees(
     before = earlier or {}
     goes_on = lambda problem, one: before.get(problem.id) if one.seed == settings.seed else None
     jobs = (
-        _job(driver, problem, prompt, one, goes_on(problem, one)) for problem, prompt, one in asked
+        search_job(driver, problem, prompt, one, goes_on(problem, one))
+        for problem, prompt, one in asked
     )
     bar = Progress(len(asked), title, quiet=hosts.host_index() != 0)
     with Parts(folder) as parts:
@@ -184,9 +188,15 @@ def problems_in_flight(engine: Engine, settings: SearchSettings) -> int:
     return max(2 * engine.slots // settings.candidates, 1) + 1
 
 
-def _job(
-    driver: Driver, problem: Problem, prompt: Prompt, settings: SearchSettings, tree: Tree | None
+def search_job(
+    driver: Driver,
+    problem: Problem,
+    prompt: Prompt,
+    settings: SearchSettings,
+    tree: Tree | None = None,
 ) -> Callable[[], Any]:
+    """A job of Driver.run: one problem's search; goes on with `tree` where one is given."""
+
     async def grow() -> Tree:
         root = driver.open(with_pixels(prompt, problem, driver.policy))
         try:
