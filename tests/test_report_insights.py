@@ -41,13 +41,21 @@ def test_figure_4_is_found():
         4,
         0,
     )  # scored: not the root, not the failed step
-    assert found["median_fall"] == pytest.approx(0.817)
+    assert found["median_fall"] == pytest.approx(0.817) and found["above"] == 1
     (example,) = found["examples"]
     assert [step["score"] for step in example["left"]] == [0.3, -0.517]
     assert [step["score"] for step in example["taken"]] == [0.620, 0.835]
     assert [step["q"] for step in example["taken"]] == [0.5, 1.0]
     assert (example["prefix"], example["answer"]) == ([], "7")
     assert example["page"] == "../trees/p.html#0.1"
+
+
+def test_a_branch_taken_that_scores_as_low_is_told_apart():
+    sunk = changed(figure_4(), "0.2.1", score=-0.6)  # the model scored the right answer lower still
+    assert insights.backtracking([sunk])["above"] == 0
+    unscored = changed(changed(figure_4(), "0.2.1", score=None), "0.2", score=None)
+    found = insights.backtracking([unscored])
+    assert (found["count"], found["above"]) == (1, 0)
 
 
 @pytest.mark.parametrize(

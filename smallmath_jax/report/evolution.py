@@ -15,10 +15,10 @@ report.json, or a bare number in [0, 1] where no interval is known, or null.
         anything else       a number or text (policy, rollouts, candidates, sft_examples, pairs, tokens, wall_s, ...):
                             a row of the table
     scaling         {method: [point, ...]}; point = {"trajectories", "tokens", "accuracy", "n", "ci"}, tokens a problem
-    backtracking    {"trees", "nodes", "count", "left_out", "median_fall", "examples": [example, ...],
+    backtracking    {"trees", "nodes", "count", "above", "left_out", "median_fall", "examples": [example, ...],
                     "by_round": {round: {"trees", "nodes", "count"}}}: trees whose chosen path leaves a step behind that
                     search had tried first and scored lower as it went on; of trees that a preference model scored
-                    (`nodes` of their nodes), `left_out` being the others.
+                    (`nodes` of their nodes), `left_out` being the others, `above` those whose branch taken never scored as low.
                     example = {"problem_id", "problem", "gold", "answer", "prefix": [step, ...], "left": [step, ...],
                     "taken": [step, ...], "images": [...], "page": address of the tree's page}
                     step = {"tag", "text", "score", "q"}: score the preference model's, q the Q-value, or null
@@ -255,6 +255,8 @@ def backtracking_section(found: Mapping[str, Any], pictures: Callable[..., str])
         )
         if found.get("median_fall") is not None:
             text += f" Half of these falls are of {found['median_fall']:.3f} or more."
+        if found.get("above") is not None:
+            text += f" In {found['above']:,} of these trees the branch taken never scored as low."
         text += "</p>"
     if found.get("nodes") is not None:
         text += (

@@ -19,10 +19,10 @@ def backtracking(
     """Counts the trees in which search turned back (analysis.backtracks), and tells some: the field `backtracking`.
 
     Only trees that a preference model scored count; `nodes` are their scored nodes, `left_out` the other trees. A tree
-    counts once, by its deepest fall. Examples: answers known to be right first, then the deepest falls. `page` gives
-    the address of a tree's page for the link.
+    counts once, by its deepest fall; `above` are those whose branch taken never scored as low as the one left did.
+    Examples: answers known to be right first, then the deepest falls. `page` gives the address of a tree's page.
     """
-    counts = dict.fromkeys(("trees", "nodes", "count", "right", "left_out"), 0)
+    counts = dict.fromkeys(("trees", "nodes", "count", "right", "above", "left_out"), 0)
     falls: list[float] = []
     found: list[tuple[Any, Tree, analysis.Backtrack]] = []
     by_round: dict[str, dict[str, int]] = defaultdict(lambda: {"trees": 0, "nodes": 0, "count": 0})
@@ -42,6 +42,7 @@ def backtracking(
         falls.append(turn.fall)
         correct = next(n.verdict for n in tree.nodes if n.tag == tree.chosen) == "correct"
         counts["right"] += correct
+        counts["above"] += turn.stays_above
         found.append(((not correct, -turn.fall), tree, turn))
         found = sorted(found, key=lambda one: one[0])[:examples]  # a stream of trees need not fit
     result: dict[str, Any] = counts | {"median_fall": statistics.median(falls) if falls else None}

@@ -44,6 +44,12 @@ class Backtrack:
     taken_scores: tuple[float | None, ...]  # None also: an answer that was graded, not scored
     fall: float  # from the first score on the left branch to its lowest
 
+    @property
+    def stays_above(self) -> bool:
+        """Whether no score of the branch taken is as low as the lowest of the one left; False where it has none."""
+        taken = [score for score in self.taken_scores if score is not None]
+        return bool(taken) and min(taken) > self.left_scores[-1]
+
 
 def scored_nodes(tree: Tree) -> list[Node]:
     """The nodes that a preference model scored; none in a tree searched without one."""
