@@ -134,6 +134,31 @@ def trained(policy, mesh, config, folder, stop=None):
         )
 
 
+def test_items_carry_the_pairs_factor_and_what_is_dropped_is_counted(policy):
+    """Equation 4's 1 / (n_pos n_neg); a side that is too long drops its term whole, with the prompt counted."""
+    model, _ = policy
+    config = toy_config("ppm", 1)
+    problems = [Problem(id="q", problem="Larger?", answer="")]
+    pair = lambda name, chosen, rejected, *counts: PreferencePair(
+        name, [5, 6], chosen, rejected, *counts, 1.0, "step"
+    )
+    pairs = [pair("q", [7], [8, 9], 2, 3), pair("q", [7], [8], 1, 1), pair("gone", [7], [8], 1, 1)]
+    examples = [ValueExample("q", [5, 7], 0.25), ValueExample("gone", [5], 1.0)]
+    both, single, dropped = judged.judged_items(model, problems, pairs, examples, config)
+    assert [one.weight for one in both] == pytest.approx([1 / 6, 1.0])
+    assert dropped == {"no_prompt": 2}
+    assert [(one.weight, one.target) for one in single] == [(1.0, 0.25)]
+    prompt = both[0].sequences[0].token_ids.tolist()[:-3]
+    for one, ids in zip(both[0].sequences, ([5, 6, 7], [5, 6, 8, 9]), strict=True):
+        assert one.token_ids.tolist() == [*prompt, *ids]
+        assert one.weights.tolist() == [0.0] * (len(one.token_ids) - 1) + [1.0]
+    longest = len(prompt) + 4
+    for limit, kept in ((longest, 2), (longest - 1, 1), (longest - 2, 0)):
+        config.ppm.max_tokens = limit
+        both, _, dropped = judged.judged_items(model, problems, pairs[:2], [], config)
+        assert (len(both), dropped.get("too_long", 0)) == (kept, 2 - kept)
+
+
 @pytest.mark.parametrize("loss", ["ppm", pytest.param("pqm", marks=pytest.mark.full),
                                   pytest.param("orm", marks=pytest.mark.full)])  # fmt: skip
 def test_the_known_ranking_is_learnt_and_restored(policy, tmp_path, loss):

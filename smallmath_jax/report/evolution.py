@@ -18,7 +18,8 @@ report.json, or a bare number in [0, 1] where no interval is known, or null.
     backtracking    {"trees", "nodes", "count", "above", "left_out", "median_fall", "examples": [example, ...],
                     "by_round": {round: {"trees", "nodes", "count"}}}: trees whose chosen path leaves a step behind that
                     search had tried first and scored lower as it went on; of trees that a preference model scored
-                    (`nodes` of their nodes), `left_out` being the others, `above` those whose branch taken never scored as low.
+                    (`nodes` of their nodes), `left_out` being the others; `above`: those whose branch taken never
+                    scored as low.
                     example = {"problem_id", "problem", "gold", "answer", "prefix": [step, ...], "left": [step, ...],
                     "taken": [step, ...], "images": [...], "page": address of the tree's page}
                     step = {"tag", "text", "score", "q"}: score the preference model's, q the Q-value, or null

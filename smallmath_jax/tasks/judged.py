@@ -19,6 +19,7 @@ from smallmath_jax.records import PreferencePair, Problem, Prompt, draw_key
 from smallmath_jax.search.select import ValueExample
 from smallmath_jax.tasks import training
 from smallmath_jax.tasks.policy import Policy, prompts_for, with_pixels
+from smallmath_jax.train.advantages import pair_weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ def judged_items(
         make(
             pair.problem_id,
             (pair.prefix_ids + pair.chosen_ids, pair.prefix_ids + pair.rejected_ids),
-            1.0 / (pair.positives * pair.negatives),
+            float(pair_weights(pair.positives, pair.negatives)),
         )
         for pair in pairs
     )
