@@ -140,6 +140,7 @@ def chromium(profile, width: int = 1280, height: int = 900):
     read_end, to_browser = os.pipe()
     from_browser, write_end = os.pipe()
     flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
+    flags += " --disable-background-networking"
     flags += f" --remote-debugging-pipe --window-size={width},{height} --hide-scrollbars"
     process = subprocess.Popen(
         ["bash", "-c", f'exec "$0" {flags} --user-data-dir="$1" 3<&{read_end} 4>&{write_end}']

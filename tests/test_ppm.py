@@ -204,6 +204,33 @@ def trained(policy, mesh, config, folder, stop=None):
         )
 
 
+def test_items_carry_the_pairs_factor_and_what_is_dropped_is_counted(policy):
+    """Equation 4's 1 / (n_pos n_neg); a side that is too long drops its term whole, with the prompt counted."""
+    model, _ = policy
+    config = toy_config("ppm", 1)
+    problems = [Problem(id="q", problem="Larger?", answer="")]
+    pairs = [
+        pair("q", [5, 6], [7], [8, 9], 2, 3),
+        pair("q", [5, 6], [7], [8]),
+        pair("gone", [], [7], [8]),
+    ]
+    examples = [ValueExample("q", [5, 7], 0.25), ValueExample("gone", [5], 1.0)]
+    (both,), (single,), dropped = judged_items(model, problems, pairs, examples, config)
+    assert [weight for _, _, weight in both.pairs] == pytest.approx([1 / 6, 1.0])
+    assert both.weight == pytest.approx(7 / 6) and dropped == {"no_prompt": 2}
+    assert single.targets == ((0, 0.25),)
+    prompt = single.sequences[0].token_ids.tolist()[:-2]
+    paths = [one.token_ids.tolist() for one in both.sequences]
+    assert sorted(paths) == [[*prompt, *ids] for ids in ([5, 6, 7], [5, 6, 8, 9])]
+    for one in both.sequences:
+        assert one.weights.tolist() == [0.0] * (len(one.token_ids) - 1) + [1.0]
+    longest = len(prompt) + 4
+    for limit, kept in ((longest, 2), (longest - 1, 1), (longest - 2, 0)):
+        config.ppm.max_tokens = limit
+        both, _, dropped = judged_items(model, problems, pairs[:2], [], config)
+        assert (sum(one.terms for one in both), dropped.get("too_long", 0)) == (kept, 2 - kept)
+
+
 @pytest.mark.parametrize("loss", ["ppm", pytest.param("pqm", marks=pytest.mark.full),
                                   pytest.param("orm", marks=pytest.mark.full)])  # fmt: skip
 def test_the_known_ranking_is_learnt_and_restored(policy, tmp_path, loss):

@@ -18,7 +18,7 @@ def figure_4(**fields):
         node("0.1", "# solve with SymPy", score=0.3),
         node("0.2", "# a simpler way, by Vieta's formulas", score=0.620, value=0.5),
         node("0.1.1", "# simplify", score=-0.517),
-        node("0.1.2", "# expand", "error", score=None, value=0.4),
+        node("0.1.2", "# expand", "error", score=None, value=-1.0),
         node(
             "0.2.1", "\\boxed{7}", "answer", score=0.835, answer="7", verdict="correct", value=1.0
         ),
@@ -37,11 +37,25 @@ def test_figure_4_is_found():
         [figure_4()], page=lambda tree: f"../trees/{tree.problem_id}.html"
     )
     assert (found["trees"], found["count"], found["right"]) == (1, 1, 1)
+    assert (found["nodes"], found["left_out"]) == (
+        4,
+        0,
+    )  # scored: not the root, not the failed step
+    assert found["median_fall"] == pytest.approx(0.817) and found["above"] == 1
     (example,) = found["examples"]
     assert [step["score"] for step in example["left"]] == [0.3, -0.517]
     assert [step["score"] for step in example["taken"]] == [0.620, 0.835]
+    assert [step["q"] for step in example["taken"]] == [0.5, 1.0]
     assert (example["prefix"], example["answer"]) == ([], "7")
     assert example["page"] == "../trees/p.html#0.1"
+
+
+def test_a_branch_taken_that_scores_as_low_is_told_apart():
+    sunk = changed(figure_4(), "0.2.1", score=-0.6)  # the model scored the right answer lower still
+    assert insights.backtracking([sunk])["above"] == 0
+    unscored = changed(changed(figure_4(), "0.2.1", score=None), "0.2", score=None)
+    found = insights.backtracking([unscored])
+    assert (found["count"], found["above"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +83,40 @@ def test_examples_are_the_right_ones_with_the_deepest_falls():
     found = insights.backtracking([ungraded, figure_4(round=1), deep], examples=2)
     assert [example["problem_id"] for example in found["examples"]] == ["deep", "p"]
     assert found["count"] == 3 and found["right"] == 2
-    assert found["by_round"] == {str(n): {"trees": 1, "count": 1} for n in range(3)}
+    assert found["by_round"] == {str(n): {"trees": 1, "nodes": 4, "count": 1} for n in range(3)}
+
+
+def without_scores(tree):
+    return dataclasses.replace(tree, nodes=[dataclasses.replace(n, score=None) for n in tree.nodes])
+
+
+def test_trees_searched_without_a_preference_model_are_left_out():
+    """Their Q-values fall and rise too: rounds 1 and 2 must not count as turning back by a score."""
+    blind = without_scores(figure_4(round=1))
+    held_out = figure_4(round=3, extra={"settings": {"use_gold": False}})
+    found = insights.backtracking([blind, figure_4(round=3), held_out])
+    assert (found["trees"], found["left_out"], found["count"]) == (2, 1, 2)
+    assert list(found["by_round"]) == ["3", "3, held out"]
+    assert insights.backtracking([blind])["trees"] == 0
+    found = insights.theorems([blind, figure_4()])
+    assert found["theorem"]["trees"] == found["other"]["trees"] == 1
+
+
+def test_an_unscored_step_shows_no_score():
+    graded = changed(
+        figure_4(), "0.2.1", score=None
+    )  # in annotation answers are graded, not scored
+    (example,) = insights.backtracking([graded])["examples"]
+    assert [step["score"] for step in example["taken"]] == [0.620, None]
+    assert [step["q"] for step in example["taken"]] == [0.5, 1.0]
 
 
 def test_theorem_steps_against_others():
     second = changed(figure_4(), "0.2", score=0.2, text="# Vieta, then AM-GM")
-    found = insights.theorems([figure_4(), second])
+    found = insights.theorems([figure_4(), second], page=lambda tree: "trees/p.html")
     assert found["theorem"]["n"] == 2 and found["theorem"]["trees"] == 2
     assert found["theorem"]["mean_score"] == pytest.approx(0.41)
-    assert found["other"]["n"] == 6  # all but the root and the answers
+    assert found["other"]["n"] == 4  # not the root, the answers, the steps without a score
     assert set(found["by_theorem"]) == {"Vieta's formulas", "AM-GM inequality"}
     assert found["by_theorem"]["AM-GM inequality"] == {
         "n": 1,
@@ -90,4 +129,5 @@ def test_theorem_steps_against_others():
     error = statistics.stdev([0.62, 0.2]) / math.sqrt(2)
     assert found["theorem"]["ci"] == pytest.approx([0.41 - 1.96 * error, 0.41 + 1.96 * error])
     assert [one["theorem"] for one in found["examples"]] == ["Vieta's formulas", "AM-GM inequality"]
+    assert {one["page"] for one in found["examples"]} == {"trees/p.html#0.2"}
     assert insights.theorems([])["theorem"]["n"] == 0

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import re
 import statistics
 import time
@@ -193,6 +194,19 @@ def test_a_node_is_told_in_full(browser, small):
     numbers = f"{found.q_value:.3f}", f"{found.score:.3f}", f"{found.log_prob:.2f}"
     for number in numbers:
         assert number.replace("-", "−") in text
+    facts = browser.value(
+        "[...document.querySelectorAll('#detail dl div')].map(d => [...d.children].map(c => c.innerText))"
+    )
+    near = [one for one in tree.nodes if one.parent == found.parent]
+    weights = [math.exp(one.log_prob / one.written) for one in near]
+    prior = weights[near.index(found)] / sum(weights)
+    assert ["prior", f"{prior:.3f}"] in facts
+    cells = "[...document.querySelector('.row.active').querySelectorAll('.number')].map(c => c.innerText)"
+    heads = "[...document.querySelectorAll('.heads span')].map(c => c.innerText)"
+    assert browser.value(heads) == ["step", "Q-value", "visits", "prior", "PPM", "log-prob"]
+    shown = [found.q_value, None, prior, found.score]
+    for cell, number in zip(browser.value(cells), shown, strict=False):
+        assert number is None or cell == f"{number:.2f}".replace("-", "−")
     head = browser.value("document.querySelector('header').innerText")
     for words in ("64, 3 wasted (4.7%)", "all rollouts taken", "98,765", tree.problem, tree.gold):
         assert words in head

@@ -10,7 +10,7 @@ import pytest
 
 from smallmath_jax.records import Node, Tree
 from smallmath_jax.search import select
-from smallmath_jax.search.analysis import backtracks, theorem_scores, theorems_in
+from smallmath_jax.search.analysis import backtracks, theorem_gap, theorems_in
 from smallmath_jax.search.pairs import (
     PairSettings,
     edit_distance,
@@ -369,12 +369,12 @@ def test_turning_back_as_in_figure_4():
     [found] = backtracks(grown)
     assert (found.at, found.left, found.taken) == (
         "0",
-        ("0.1", "0.1.1", "0.1.1.1"),
+        ("0.1", "0.1.1"),  # not down to the failed step: it has no score
         ("0.2", "0.2.1", "0.2.1.1"),
     )
-    assert found.left_values == (0.1, -0.517, -1.0) and found.taken_values == (0.05, 0.62, 0.835)
-    assert found.fall == pytest.approx(1.1)
-    assert backtracks(grown, min_fall=1.2) == []
+    assert found.left_scores == (0.1, -0.517) and found.taken_scores == (0.05, 0.62, 0.835)
+    assert found.fall == pytest.approx(0.617)
+    assert backtracks(grown, min_fall=0.62) == []
     # The other way round nothing was left: the winning branch came first
     assert backtracks(dataclasses.replace(grown, chosen="0.1.1")) == []
     wrong = [
@@ -403,9 +403,20 @@ def test_steps_that_name_a_theorem():
         node("0.4", 0.0, 0, text="# Vieta, never visited"),
         leaf("0.1.1", True, text="Vieta"),
     )
-    found = theorem_scores([grown, tree(node("0.1", 0.5))])
-    assert found["naming"] == {"n": 2, "mean": pytest.approx(0.2)}
-    assert found["others"] == {"n": 2, "mean": pytest.approx(0.35)}
-    assert found["within"] == {"n": 1, "mean": pytest.approx(0.0)}
-    assert found["by_theorem"]["Vieta's formulas"] == {"n": 1, "mean": 0.8}
-    assert theorem_scores([])["naming"] == {"n": 0, "mean": None}
+    # 0.3 and 0.4 have no score: their Q-values say nothing about a preference model
+    assert theorem_gap([grown, tree(node("0.1", 0.5))]) == {"n": 1, "mean": pytest.approx(0.6)}
+    assert theorem_gap([]) == {"n": 0, "mean": None}
+
+
+def test_without_scores_nothing_is_told():
+    """A terminal-guided tree has values that fall and rise, and no preference model's score."""
+    grown = tree(
+        node("0.1", 0.4, text="# Vieta"),
+        node("0.2", 0.5),
+        node("0.1.1", -0.9),
+        leaf("0.2.1", True),
+        chosen="0.2.1",
+    )
+    assert backtracks(grown) == [] and theorem_gap([grown])["n"] == 0
+    scored = [dataclasses.replace(one, score=one.q_value) for one in grown.nodes]
+    assert len(backtracks(dataclasses.replace(grown, nodes=scored))) == 1

@@ -18,7 +18,7 @@ from search_case import (
 )
 
 from smallmath_jax import records
-from smallmath_jax.search.analysis import backtracks, theorem_scores
+from smallmath_jax.search.analysis import backtracks, theorem_gap
 from smallmath_jax.search.mcts import search
 from smallmath_jax.search.pairs import PairSettings, preference_pairs
 from smallmath_jax.search.select import finished, pqm_examples, summary
@@ -34,7 +34,7 @@ def used(tree):
     """Everything that reads trees reads this one."""
     preference_pairs(tree, PairSettings(min_edit=0))
     finished(tree), pqm_examples(tree), summary([tree]), leaf_ballots(tree)
-    backtracks(tree), theorem_scores([tree])
+    backtracks(tree), theorem_gap([tree])
     assert tree_from_json(json.loads(records.to_json(tree))) == tree
     from_record(tree)
     return tree

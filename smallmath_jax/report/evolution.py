@@ -15,14 +15,17 @@ report.json, or a bare number in [0, 1] where no interval is known, or null.
         anything else       a number or text (policy, rollouts, candidates, sft_examples, pairs, tokens, wall_s, ...):
                             a row of the table
     scaling         {method: [point, ...]}; point = {"trajectories", "tokens", "accuracy", "n", "ci"}, tokens a problem
-    backtracking    {"trees", "count", "examples": [example, ...], "by_round": {round: {"trees", "count"}}}: trees whose
-                    chosen path leaves a step behind that search had tried first and scored lower as it went on.
+    backtracking    {"trees", "nodes", "count", "above", "left_out", "median_fall", "examples": [example, ...],
+                    "by_round": {round: {"trees", "nodes", "count"}}}: trees whose chosen path leaves a step behind that
+                    search had tried first and scored lower as it went on; of trees that a preference model scored
+                    (`nodes` of their nodes), `left_out` being the others; `above`: those whose branch taken never
+                    scored as low.
                     example = {"problem_id", "problem", "gold", "answer", "prefix": [step, ...], "left": [step, ...],
                     "taken": [step, ...], "images": [...], "page": address of the tree's page}
-                    step = {"tag", "text", "score"}: score the preference model's, or null
+                    step = {"tag", "text", "score", "q"}: score the preference model's, q the Q-value, or null
     theorems        {"theorem": stat, "other": stat, "within": {"n", "mean"}, "by_theorem": {name: stat},
-                    "examples": [step + "theorem", ...]}
-                    stat = {"n", "mean_score", "ci": [low, high], "mean_q"}
+                    "examples": [step + "theorem" + "page", ...]}, of steps that a preference model scored
+                    stat = {"n", "trees", "mean_score", "ci": [low, high], "mean_q"}
     reward_models   {policy: {"pass@1": share, "+ ORM": share, "+ PQM": share, "+ PPM": share}} (table 8, figure 5)
 """
 
@@ -249,15 +252,27 @@ def backtracking_section(found: Mapping[str, Any], pictures: Callable[..., str])
         share = found["count"] / found["trees"]
         text = (
             f"<p>In <b>{found['count']:,}</b> of {found['trees']:,} trees ({percent(share)}) the search went down one "
-            "branch first, saw its score fall, and answered from a sibling.</p>"
+            "branch first, saw its score fall, and answered from a sibling."
+        )
+        if found.get("median_fall") is not None:
+            text += f" Half of these falls are of {found['median_fall']:.3f} or more."
+        if found.get("above") is not None:
+            text += f" In {found['above']:,} of these trees the branch taken never scored as low."
+        text += "</p>"
+    if found.get("nodes") is not None:
+        text += (
+            f"<p class=note>Scores are the preference model's alone: {found['nodes']:,} scored nodes. "
+            f"{found.get('left_out', 0):,} trees searched without one are left out.</p>"
         )
     if found.get("by_round"):
         rows = [
-            [escape(name), f"{cell['trees']:,}", f"{cell['count']:,}"]
+            [escape(name), f"{cell['trees']:,}"]
+            + [f"{cell['nodes']:,}" if "nodes" in cell else "–", f"{cell['count']:,}"]
             + [percent(cell["count"] / cell["trees"]) if cell["trees"] else "–"]
             for name, cell in found["by_round"].items()
         ]
-        text += table(["round", "trees", "with backtracking", "share"], rows)
+        head = ["round", "trees", "scored nodes", "with backtracking", "share"]
+        text += table(head, rows)
     return text + "".join(_example(one) for one in found.get("examples", [])[:SHOWN_EXAMPLES])
 
 
@@ -268,9 +283,7 @@ def _example(example: Mapping[str, Any]) -> str:
         *(_step(step, "left", "left behind") for step in example.get("left", ())),
         *(_step(step, "chosen", "taken instead") for step in example.get("taken", ())),
     ]
-    page = str(example.get("page", ""))
-    # only an address inside the report: a javascript: or http: one is no page of ours
-    link = f" · <a href='{escape(page)}'>the whole tree</a>" if page and ":" not in page else ""
+    link = _tree_link(example)
     return (
         f"<article class=sample><div class=question>{shown}<div><p>{escape(example.get('problem', ''))}</p>"
         f"<p class=gold>right answer <b>{escape(example.get('gold', ''))}</b>, answered "
@@ -279,11 +292,18 @@ def _example(example: Mapping[str, Any]) -> str:
     )
 
 
+def _tree_link(example: Mapping[str, Any]) -> str:
+    page = str(example.get("page", ""))
+    # only an address inside the report: a javascript: or http: one is no page of ours
+    return f" · <a href='{escape(page)}'>the whole tree</a>" if page and ":" not in page else ""
+
+
 def _step(step: Mapping[str, Any], kind: str, words: str) -> str:
     score = "–" if step.get("score") is None else f"{step['score']:+.3f}"
+    q_value = "" if step.get("q") is None else f" · Q {step['q']:+.3f}"
     note = f" · {escape(words)}" if words else ""
     return (
-        f"<li class='{kind}'><span class=note>score <b>{score}</b>{note}</span>"
+        f"<li class='{kind}'><span class=note>score <b>{score}</b>{q_value}{note}{_tree_link(step)}</span>"
         f"<pre>{escape(str(step.get('text', '')).strip())}</pre></li>"
     )
 
@@ -305,14 +325,17 @@ def theorems_section(found: Mapping[str, Any], pictures: Callable[..., str]) -> 
         [
             escape(name),
             f"{stat['n']:,}",
+            f"{stat['trees']:,}" if stat.get("trees") else "–",
             f"<b>{stat['mean_score']:+.3f}</b>",
             " – ".join(f"{end:+.3f}" for end in stat["ci"]) if stat.get("ci") else "",
             f"{stat['mean_q']:+.3f}" if stat.get("mean_q") is not None else "",
         ]
         for name, stat in stats.items()
     ]
-    head = ["steps", "count", "mean score", "95 % interval", "mean Q-value"]
+    head = ["steps", "count", "trees", "mean score", "95 % interval", "mean Q-value"]
     drawn = pictures("theorems", plots.score_rows, stats, "preference model's score")
+    if not (found.get("theorem") or {}).get("n"):
+        drawn += "<p class=note>None of these steps names a theorem.</p>"
     steps = "".join(
         _step(one, "chosen", str(one.get("theorem", ""))) for one in found.get("examples", ())
     )

@@ -8,7 +8,7 @@ as PNG files, for slides. A self-evolution run's own sections are in report/evol
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -18,6 +18,9 @@ from smallmath_jax.report import evolution, plots, samples
 from smallmath_jax.report.markup import document, escape, figure, percent, table
 
 Row = dict[str, Any]
+
+# Folders of report/ that may hold an index of search trees -> how the report's contents name it.
+TREE_FOLDERS = {"trees": "Search trees", "trees_held_out": "Searches of held-out problems"}
 
 # Panels of the training curves: title -> metric names; names absent from a log leave no panel.
 PANELS = {
@@ -60,7 +63,7 @@ def write_report(
 
     `compare`: workdirs of other runs whose evaluations are shown beside this one's. WORKDIR/evolution.json, if there,
     has the shape that evolution.py states; its fields join report.json. Search trees that trees.write_tree_index put
-    into WORKDIR/report/trees are linked.
+    into a folder of TREE_FOLDERS are linked.
     """
     root = epath.Path(workdir)
     evaluations = find_evaluations(root)
@@ -79,7 +82,7 @@ def write_report(
     )
     write_text(root / "report" / "report.json", json.dumps(json.loads(to_json(record)), indent=1))
     pictures = Pictures()
-    trees = (root / "report" / "trees" / "index.html").exists()
+    trees = [name for name in TREE_FOLDERS if (root / "report" / name / "index.html").exists()]
     text = page(root.name, record, evaluations, training, config, pictures, trees)
     write_text(root / "report" / "index.html", text)
     pictures.write(root / "report" / "plots")
@@ -170,9 +173,9 @@ def page(
     training: dict[str, list[Row]],
     config: dict[str, Any],
     pictures: Pictures,
-    trees: bool = False,
+    trees: Sequence[str] = (),
 ) -> str:
-    """The whole report as one HTML text. `trees`: link the index of search trees that lies beside it."""
+    """The whole report as one HTML text. `trees`: names in TREE_FOLDERS, of the indices that lie beside it."""
     task = config.get("config", {})
     results = {name: found["result"] for name, found in evaluations.items()}
     sections: dict[str, str] = {}
@@ -190,8 +193,7 @@ def page(
     sections = {name: text for name, text in sections.items() if text}
     anchors = {name: f"s{place}" for place, name in enumerate(sections)}
     contents = "".join(f"<a href='#{anchors[name]}'>{escape(name)}</a>" for name in sections)
-    if trees:
-        contents += "<a href='trees/index.html'>Search trees →</a>"
+    contents += "".join(f"<a href='{name}/index.html'>{TREE_FOLDERS[name]} →</a>" for name in trees)
     body = [
         "<main><header class=top><p class=eyebrow>smallmath_jax · run report</p>",
         f"<h1>{escape(title)}</h1><ul class=facts>{_facts(task, config, record)}</ul>",

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
@@ -18,6 +18,7 @@ from etils import epath
 from smallmath_jax.records import Node, Tree, write_text
 from smallmath_jax.report.markup import asset, document, escape, percent, picture, script_json
 from smallmath_jax.report.samples import badge
+from smallmath_jax.search.tree import policy_shares
 
 STOPPED = {
     "rollouts": "all rollouts taken",
@@ -25,10 +26,26 @@ STOPPED = {
     "decided": "more rollouts could not change the answer",
     "confident": "confident in the answer",
 }
+# What the page tells of Tree.extra and of its settings; the rest is the search's own book-keeping.
+TOLD = {
+    "failure": "failed:",
+    "rollouts_saved": "rollouts saved",
+    "tokens_saved": "tokens saved",
+    "duplicates": "repeated candidates",
+    "sandbox_tier": "sandbox",
+    "policy_version": "policy version",
+}
+SETTINGS = {
+    "guidance": "guided by",
+    "candidates": "candidates a step",
+    "max_depth": "at most deep",
+    "exploration": "exploration c",
+    "prior": "weight of the prior",
+}
 SHAPES = 500  # trees: a larger index leaves the small pictures of their shapes out
 SHAPE_NODES = 120
 FIELDS = (
-    "tag parent kind text visits q score logp written appended answer verdict status output error errors"
+    "tag parent kind text visits q prior score logp written appended answer verdict status output error errors"
 ).split()
 
 
@@ -76,13 +93,12 @@ def tree_page(tree: Tree, index: str = "") -> str:
     chosen = _chosen(tree)
     verdict = badge(chosen.verdict) if chosen else badge("no_answer")
     shown = "".join(picture(image) for image in tree.images)
-    extra = "".join(f" · {escape(name)} {escape(value)}" for name, value in tree.extra.items())
     header = [
         f"<header>{back}<h1>{escape(tree.problem_id)} {verdict}</h1>",
         f"<dl class=stats>{_stats(tree, chosen)}</dl>",
         "<details class=problem open><summary>the problem</summary><div class=statement>",
         f"{shown}<p>{escape(tree.problem)}</p></div>",
-        f"<p class=note>{escape(_about(tree))}{extra}</p></details></header>",
+        f"<p class=note>{escape(_about(tree))}</p></details></header>",
     ]
     body = "\n".join(
         [
@@ -98,6 +114,7 @@ def _data(tree: Tree) -> dict[str, Any]:
     """The nodes as rows of FIELDS, parents before children; `parent` is a row's place, -1 the root's."""
     nodes = sorted(tree.nodes, key=lambda node: node.tag.count("."))
     places: dict[str, int] = {}
+    priors = _priors(nodes)
     rows = []
     for place, node in enumerate(nodes):
         parent = -1 if place == 0 else places.get(node.parent, 0)  # a torn tree hangs on its root
@@ -110,6 +127,7 @@ def _data(tree: Tree) -> dict[str, Any]:
                 node.text,
                 node.visit_count,
                 node.q_value,
+                priors.get(node.tag),
                 node.score,
                 node.log_prob,
                 node.written,
@@ -123,6 +141,15 @@ def _data(tree: Tree) -> dict[str, Any]:
             ]
         )
     return {"fields": FIELDS, "rows": rows, "chosen": tree.chosen}
+
+
+def _priors(nodes: Sequence[Node]) -> dict[str, float]:
+    """tag -> the policy's share among its siblings, as the search's bound uses it; the root has none."""
+    siblings: dict[str, list[Node]] = {}
+    for node in nodes[1:]:
+        siblings.setdefault(node.parent, []).append(node)
+    shares = (zip(group, policy_shares(group), strict=True) for group in siblings.values())
+    return {node.tag: share for group in shares for node, share in group}
 
 
 def _chosen(tree: Tree) -> Node | None:
@@ -165,7 +192,10 @@ def _about(tree: Tree) -> str:
         tree.template or "",
         f"round {tree.round}" if tree.round else "",
         f"seed {tree.seed}",
+        *(f"{name} {tree.extra[field]}" for field, name in TOLD.items() if field in tree.extra),
     ]
+    settings = tree.extra.get("settings", {})
+    words += [f"{name} {settings[field]}" for field, name in SETTINGS.items() if field in settings]
     return " · ".join(word for word in words if word)
 
 

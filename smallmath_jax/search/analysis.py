@@ -1,7 +1,8 @@
 """What the searches show of reasoning: turning back, and steps that name a theorem (rStar-Math, section 7).
 
-Pure functions over finished trees. The value of a step is the preference model's first score, or its Q-value where
-none was given.
+Pure functions over finished trees. What is read of a step is the preference model's first score, nothing else: a
+Q-value holds the outcome too. Steps without a score (failed code; answers, where the gold answer was backed up instead)
+and trees searched without a preference model count nowhere.
 """
 
 import dataclasses
@@ -33,27 +34,40 @@ _PATTERNS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in THEOR
 
 @dataclasses.dataclass(frozen=True)
 class Backtrack:
-    """At node `at` the search left the branch of `left`, whose value fell, and won below its sibling `taken`."""
+    """At node `at` the search left the branch of `left`, whose score fell, and won below its sibling `taken`."""
 
     problem_id: str
     at: str
-    left: tuple[str, ...]  # tags, from the sibling given up to the step of lowest value below it
-    left_values: tuple[float, ...]
+    left: tuple[str, ...]  # tags, from the sibling given up to the step of lowest score below it
+    left_scores: tuple[float | None, ...]  # None: a failed step that the search went on from
     taken: tuple[str, ...]  # tags, from the sibling taken to the answer
-    taken_values: tuple[float, ...]
-    fall: float  # from the first value on the left branch to its lowest
+    taken_scores: tuple[float | None, ...]  # None also: an answer that was graded, not scored
+    fall: float  # from the first score on the left branch to its lowest
+
+    @property
+    def stays_above(self) -> bool:
+        """Whether no score of the branch taken is as low as the lowest of the one left; False where it has none."""
+        taken = [score for score in self.taken_scores if score is not None]
+        return bool(taken) and min(taken) > self.left_scores[-1]
 
 
-def step_value(node: Node) -> float:
-    return node.q_value if node.score is None else node.score
+def scored_nodes(tree: Tree) -> list[Node]:
+    """The nodes that a preference model scored; none in a tree searched without one."""
+    return [node for node in tree.nodes if node.score is not None]
+
+
+def scored_steps(tree: Tree) -> list[Node]:
+    """The scored nodes that are no answers."""
+    return [node for node in scored_nodes(tree) if node.kind not in ("root", "answer")]
 
 
 def backtracks(tree: Tree, min_fall: float = 0.0) -> list[Backtrack]:
-    """Where a branch was followed first, lost value, and a sibling of its first step held the answer in the end.
+    """Where a branch was followed first, its score fell, and a sibling of its first step held the answer in the end.
 
     The answer is the one the search settled on; where it is known to be wrong there is nothing to tell. A branch was
-    followed when it was expanded before the sibling was, and its value fell when some step below it is worth at least
-    `min_fall` less than its first. At each node of the winning path at most one branch counts, the last given up.
+    followed when it was expanded before the sibling was, and its score fell when some node below it has one that is
+    more than `min_fall` lower than its first step's. At each node of the winning path at most one branch counts, the
+    last given up.
     """
     if not tree.chosen:
         return []
@@ -72,8 +86,11 @@ def backtracks(tree: Tree, min_fall: float = 0.0) -> list[Backtrack]:
             if one.tag != step.tag and expanded.get(one.tag, turn) < turn
         ]
         for one in sorted(earlier, key=lambda one: -expanded[one.tag]):
-            lowest = min(_below(one, children), key=step_value)
-            fall = step_value(one) - step_value(lowest)
+            below = [node for node in _below(one, children) if node.score is not None]
+            if one.score is None or not below:
+                continue
+            lowest = min(below, key=lambda node: node.score)
+            fall = one.score - lowest.score
             if fall > min_fall:
                 left = path_to(tree, lowest.tag)[depth:]
                 found.append(_backtrack(tree, left, way[depth:], fall))
@@ -83,20 +100,20 @@ def backtracks(tree: Tree, min_fall: float = 0.0) -> list[Backtrack]:
 
 def _backtrack(tree: Tree, left: list[Node], taken: list[Node], fall: float) -> Backtrack:
     tags = lambda nodes: tuple(node.tag for node in nodes)
-    values = lambda nodes: tuple(map(step_value, nodes))
+    scores = lambda nodes: tuple(node.score for node in nodes)
     return Backtrack(
-        tree.problem_id, taken[0].parent, tags(left), values(left), tags(taken), values(taken), fall
+        tree.problem_id, taken[0].parent, tags(left), scores(left), tags(taken), scores(taken), fall
     )
 
 
 def _below(node: Node, children: dict[str, list[Node]]) -> list[Node]:
-    """Every node below, in no particular order; the node itself where there is none."""
+    """Every node below, in no particular order."""
     found, waiting = [], list(children[node.tag])
     while waiting:
         one = waiting.pop()
         found.append(one)
         waiting += children[one.tag]
-    return found or [node]
+    return found
 
 
 def theorems_in(text: str) -> list[str]:
@@ -104,37 +121,17 @@ def theorems_in(text: str) -> list[str]:
     return [name for name, pattern in _PATTERNS.items() if pattern.search(text)]
 
 
-def theorem_scores(trees: Sequence[Tree]) -> dict[str, Any]:
-    """Values of steps that name a theorem against all others.
+def theorem_gap(trees: Sequence[Tree]) -> dict[str, Any]:
+    """How much higher steps that name a theorem score than the others of their tree: {"n" trees, "mean"}.
 
-    Returns n and mean of "naming" steps, of "others", "by_theorem", and "within": the mean over trees of (mean of
-    naming steps - mean of others), for trees that have both. Hard problems name more theorems, so only "within"
-    compares like with like. Means of nothing are None. Answers, and unvisited steps without a score, are left out.
+    The mean over trees that have both of (mean of naming steps - mean of others). Hard problems name more theorems, so
+    only within a tree like is compared with like. The mean of nothing is None.
     """
-    naming: list[float] = []
-    others: list[float] = []
-    within: list[float] = []
-    by_name: dict[str, list[float]] = {name: [] for name in THEOREMS}
+    gaps = []
     for tree in trees:
         here: tuple[list[float], list[float]] = ([], [])
-        for node in tree.nodes:
-            if node.kind in ("root", "answer") or (node.score is None and not node.visit_count):
-                continue
-            names = theorems_in(node.text)
-            here[not names].append(step_value(node))
-            for name in names:
-                by_name[name].append(step_value(node))
-        naming += here[0]
-        others += here[1]
+        for node in scored_steps(tree):
+            here[not theorems_in(node.text)].append(node.score)
         if all(here):
-            within.append(statistics.fmean(here[0]) - statistics.fmean(here[1]))
-    return {
-        "naming": _mean(naming),
-        "others": _mean(others),
-        "within": _mean(within),
-        "by_theorem": {name: _mean(values) for name, values in by_name.items() if values},
-    }
-
-
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    return {"n": len(values), "mean": statistics.fmean(values) if values else None}
+            gaps.append(statistics.fmean(here[0]) - statistics.fmean(here[1]))
+    return {"n": len(gaps), "mean": statistics.fmean(gaps) if gaps else None}

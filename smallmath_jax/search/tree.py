@@ -6,7 +6,7 @@ is a frozen `records.Tree`. rStar-Math, section 3.2.2 and 3.2.3.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from smallmath_jax.records import Node, Problem, Tree
@@ -95,11 +95,17 @@ def uct(node: LiveNode, exploration: float, unvisited: str = "zero", prior: floa
 
 
 def policy_share(node: LiveNode) -> float:
-    """The node's part of its siblings' probability, by mean log-prob a token so that long steps are not put last."""
-    means = [one.log_prob / max(one.written, 1) for one in node.parent.children]
+    """The node's prior: its part of its siblings' probability (`policy_shares`)."""
+    siblings = node.parent.children
+    return policy_shares(siblings)[siblings.index(node)]
+
+
+def policy_shares(siblings: Sequence[LiveNode | Node]) -> list[float]:
+    """Each one's part of their probability, by mean log-prob a token so that long steps are not put last."""
+    means = [one.log_prob / max(one.written, 1) for one in siblings]
     highest = max(means)
     weights = [math.exp(mean - highest) for mean in means]
-    return weights[node.parent.children.index(node)] / sum(weights)
+    return [weight / sum(weights) for weight in weights]
 
 
 def best_child(node: LiveNode, settings: SearchSettings) -> LiveNode | None:

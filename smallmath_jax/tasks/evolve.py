@@ -21,9 +21,17 @@ from smallmath_jax.data.tiny_noise import noisy_solution
 from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, draw_key, read_parts, to_json, write_text
-from smallmath_jax.report import insights, pages
-from smallmath_jax.report.trees import write_tree_index
-from smallmath_jax.tasks import evaluate, evolve_measures, export, ppm, runs, sft, stages
+from smallmath_jax.report import pages
+from smallmath_jax.tasks import (
+    evaluate,
+    evolve_measures,
+    evolve_trees,
+    export,
+    ppm,
+    runs,
+    sft,
+    stages,
+)
 from smallmath_jax.tasks.driver import open_host
 from smallmath_jax.tasks.evolve_stages import (
     Bench,
@@ -45,8 +53,6 @@ from smallmath_jax.tasks.search import read_trees
 from smallmath_jax.tasks.server import settings_of
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import StopSignal
-
-SHOWN_TREES = 200  # of the last round's search, as pages
 
 
 def run(config: Any, workdir: str) -> None:
@@ -266,13 +272,8 @@ def write_evolution(bench: Bench, last: int) -> None:
         ("base" if number == 0 else f"round {number}"): reward_row(bench, number)
         for number in range(last + 1)
     }
-    folders = [bench.round_folder(k) / "search" / "trees" for k in range(1, last + 1)]
-    trees = [tree for folder in folders for tree in read_trees([folder])]
-    record["backtracking"] = insights.backtracking(trees)
-    record["theorems"] = insights.theorems(trees)
+    record |= evolve_trees.tell_trees(bench, last)
     write_text(root / "evolution.json", json.dumps(json.loads(to_json(record)), indent=1))
-    shown = read_trees([bench.round_folder(last) / "search" / "trees"])[:SHOWN_TREES]
-    write_tree_index(shown, root / "report" / "trees", title=f"Search trees of round {last}")
 
 
 def round_row(bench: Bench, number: int) -> dict[str, Any]:

@@ -253,9 +253,7 @@ def _verdict_of(tree: Tree, tag: str) -> str:
 
 
 def graded(tree: Tree, verdicts: Mapping[str, str]) -> Tree:
-    """The tree with the verdict of each answer, for what was searched without gold."""
-    nodes = [
-        dataclasses.replace(node, verdict=verdicts[node.answer]) if node.kind == "answer" else node
-        for node in tree.nodes
-    ]
+    """The tree with the verdict of each answer (none: ""), for what was searched without gold."""
+    given = lambda node: dataclasses.replace(node, verdict=verdicts.get(node.answer, ""))
+    nodes = [given(node) if node.kind == "answer" else node for node in tree.nodes]
     return dataclasses.replace(tree, nodes=nodes)

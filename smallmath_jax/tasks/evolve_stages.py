@@ -384,15 +384,33 @@ def evaluation_trees(
     title = f"round {number} search test"
     grow_trees(driver, problems, settings, folder / "trees", config, stop=bench.stop, title=title)
     by_id = {problem.id: problem for problem in problems}
-
-    async def grade(tree: Tree) -> Tree:
-        answers = {node.answer for node in tree.nodes if node.kind == "answer"}
-        problem = by_id[tree.problem_id]
-        verdicts = {answer: await driver.grade(problem, answer) for answer in answers}
-        return evolve_measures.graded(tree, verdicts)
-
-    async def grade_all(trees: Sequence[Tree]) -> list[Tree]:
-        return [await grade(tree) for tree in trees]
-
     trees = [tree for tree in read_trees([folder / "trees"]) if tree.problem_id in by_id]
-    return asyncio.run(grade_all(trees))
+    rows = asyncio.run(_verdicts(driver, trees, by_id))
+    if hosts.host_index() == 0:
+        write_part(folder / "verdicts", "00000.jsonl", rows)
+    hosts.barrier(f"verdicts {folder}")
+    return [tree for tree in graded_trees(folder) if tree.problem_id in by_id]
+
+
+async def _verdicts(
+    driver: Driver, trees: Sequence[Tree], problems: Mapping[str, Problem]
+) -> list[dict[str, Any]]:
+    """A row for each different answer of each problem's trees."""
+    rows = []
+    for tree in trees:
+        answers = sorted({node.answer for node in tree.nodes if node.kind == "answer"})
+        for answer in answers:
+            verdict = await driver.grade(problems[tree.problem_id], answer)
+            rows.append({"problem_id": tree.problem_id, "answer": answer, "verdict": verdict})
+    return rows
+
+
+def graded_trees(folder: epath.Path) -> list[Tree]:
+    """The trees of an evaluation, with the verdicts that were given afterwards. [] where nothing was searched."""
+    verdicts: dict[str, dict[str, str]] = {}
+    for row in read_parts(folder / "verdicts"):
+        verdicts.setdefault(row["problem_id"], {})[row["answer"]] = row["verdict"]
+    return [
+        evolve_measures.graded(tree, verdicts.get(tree.problem_id, {}))
+        for tree in read_trees([folder / "trees"])
+    ]

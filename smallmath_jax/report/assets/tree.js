@@ -76,7 +76,7 @@
     const bar = element("span", "bar", row);
     parts.fill = element("i", "", element("span", "track", bar));
     parts.q = element("span", "number", bar);
-    for (const column of ["visits", "score", "logp"]) parts[column] = element("span", "number", row);
+    for (const column of ["visits", "prior", "score", "logp"]) parts[column] = element("span", "number", row);
     row.addEventListener("click", (event) => {
       if (event.target === parts.caret || parts.node === active) fold(parts.node, !parts.node.open);
       select(parts.node);
@@ -116,6 +116,7 @@
       fill(parts.fill, node.q);
       parts.q.textContent = node.visits ? decimals(node.q, 2) : "–";
       parts.visits.textContent = node.visits;
+      parts.prior.textContent = decimals(node.prior, 2);
       parts.score.textContent = decimals(node.score, 2);
       parts.logp.textContent = decimals(node.logp, 1);
     });
@@ -275,7 +276,7 @@
       if (other === node) link.setAttribute("aria-current", "true");
     }
     const facts = [["Q-value", node.visits ? decimals(node.q, 3) : "not visited"], ["visits", node.visits],
-      ["PPM score", decimals(node.score, 3)], ["log-prob", decimals(node.logp, 2)],
+      ["prior", decimals(node.prior, 3)], ["PPM score", decimals(node.score, 3)], ["log-prob", decimals(node.logp, 2)],
       ["log-prob a token", node.written ? decimals(node.logp === null ? null : node.logp / node.written, 3) : "–"],
       ["tokens", `${node.written} + ${node.appended}`], ["children", node.children.length]];
     if (node.status) facts.push(["sandbox", node.status]);
