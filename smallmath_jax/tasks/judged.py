@@ -187,13 +187,15 @@ def plan_steps(items: SequenceOf[Judged], settings: Any, seed: int, row_patches:
     terms = np.array([item.terms for item in items])
     epoch_steps = min(max(1, round(terms.sum() / settings.pairs)), len(items))
     total = settings.steps or settings.epochs * epoch_steps
-    planned, tokens = [], []
+    planned, tokens, orders = [], [], []
     for step in range(total):
         epoch, place = divmod(step, epoch_steps)
-        order = epoch_order(len(items), seed, epoch)
-        order = order[_part_of(terms[order], epoch_steps) == place]
-        planned.append(_fill(items, order.tolist(), settings, row_patches))
-        tokens.append(sum(items[index].tokens for index in order))
+        if place == 0:
+            order = epoch_order(len(items), seed, epoch)
+            cuts = np.searchsorted(_part_of(terms[order], epoch_steps), range(1, epoch_steps))
+            orders = np.split(order, cuts)
+        planned.append(_fill(items, orders[place].tolist(), settings, row_patches))
+        tokens.append(sum(items[index].tokens for index in orders[place]))
         if settings.tokens and sum(tokens) >= settings.tokens:
             break
     parts = [{i for row in part for i, _ in row} for step in planned for part in step]
