@@ -9,7 +9,7 @@ math, aime2024, amc23, olympiadbench, college_math, gsm8k, gaokao2023en, math_vi
 --config.compare="('workdirs/a', 'workdirs/b')".
 """
 
-from configs import common, search
+from configs import common
 
 
 def get_config(mode=None):
@@ -17,10 +17,5 @@ def get_config(mode=None):
     config = common.base("evaluate", mode)
     config.prompt.grammar = "auto"  # that of the run in init_from, else think_answer
     config.eval = common.evaluation(mode)
-    config.sandbox = search.sandbox()  # for a policy that writes code steps
-    if mode == "tiny":
-        config.sandbox.modules = ()
-        config.eval.sampling.max_tokens = 80  # code steps are longer
-        config.engine.cache_length = 160
     config.compare = ()  # workdirs of other evaluations, shown side by side in the report
     return config

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from smallmath_jax.data.images import image_links
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Completion, Problem, Prompt, Sampling, draw_key, read_parts
 from smallmath_jax.rollout.engine import Limits
@@ -19,6 +18,7 @@ from smallmath_jax.search import steps
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import LiveNode
 from smallmath_jax.tasks.driver import Driver, Meter, Place
+from smallmath_jax.tasks.evaluate import image_links
 from smallmath_jax.tasks.policy import with_pixels
 from smallmath_jax.tasks.search import Parts
 from smallmath_jax.train.loop import Progress, StopSignal

@@ -14,7 +14,7 @@ OPTIMIZER_FIELDS = {"name": tuple(OPTIMIZERS), "schedule": SCHEDULES}
 CHOICES: Mapping[str, Sequence[str]] = {
     "compute_dtype": ("float32", "bfloat16", "float16"),
     "remat": tuple(REMAT),
-    "prompt.grammar": tuple(GRAMMARS),
+    "prompt.grammar": (*GRAMMARS, "auto"),
     "grpo.denominator": DENOMINATORS,
     "grpo.advantage_scale": SCALES,
     "reward.preset": rewards.PRESETS,

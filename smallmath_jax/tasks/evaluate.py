@@ -1,17 +1,18 @@
 """Evaluation: sample answers, grade them, keep every generation, and report by level and subject."""
 
-import contextlib
+import base64
 import dataclasses
 import functools
+import io
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
-from smallmath_jax.data.images import image_links
 from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import (
@@ -27,43 +28,31 @@ from smallmath_jax.records import (
 )
 from smallmath_jax.report import metrics, pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
-from smallmath_jax.tasks import chains, identity, runs
-from smallmath_jax.tasks.driver import Driver, Host, open_host, same_answer
-from smallmath_jax.tasks.policy import (
-    Policy,
-    load_policy,
-    make_mesh,
-    prompts_for,
-    settle_grammar,
-    with_pixels,
-)
-from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
+from smallmath_jax.tasks import identity, runs
+from smallmath_jax.tasks.driver import same_answer
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
+from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
 from smallmath_jax.tasks.sources import load_sources
 from smallmath_jax.train.loop import Progress, StopSignal
 from smallmath_jax.verify.grader import Grader
 
 PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
+IN_SAMPLE_0 = "in sample 0"  # in place of an encoded picture
 
 
 def run(config: Any, workdir: str) -> None:
     """Evaluates one policy and writes WORKDIR/report."""
-    settle_grammar(config)
-    with contextlib.ExitStack() as stack:
-        by_steps = config.prompt.grammar == "code_steps"
-        host = stack.enter_context(open_host(config.sandbox.to_dict())) if by_steps else None
-        this_run = stack.enter_context(runs.open_run(config, workdir))
+    with runs.open_run(config, workdir) as this_run:
         mesh = make_mesh(config)
         problems = load_evaluation_problems(config)
         check_compared(config.compare)
         source = identity.source_of(config)
         policy = load_policy(config, mesh)
         engine = make_engine(policy, config)
-        stop = stack.enter_context(StopSignal())
-        asked = (policy, engine, problems, config, this_run.workdir)
-        if host is None:
-            result = evaluate(*asked, stop=stop, source=source)
-        else:
-            result = evaluate_steps(*asked, host=host, stop=stop, source=source)
+        with StopSignal() as stop:
+            result = evaluate(
+                policy, engine, problems, config, this_run.workdir, stop=stop, source=source
+            )
         pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
         runs.say(
             f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html"
@@ -157,48 +146,6 @@ def evaluate(
     return _summary(folder, config, dropped)
 
 
-def evaluate_steps(
-    policy: Policy,
-    engine: Engine,
-    problems: list[Problem],
-    config: Any,
-    folder: str | epath.Path,
-    *,
-    host: Host,
-    stop: StopSignal,
-    source: str,
-) -> dict[str, Any]:
-    """`evaluate` of a policy that writes code steps: its programs are run, what they print stands in its text."""
-    folder = epath.Path(folder)
-    kept, prompts, dropped = prompts_for(problems, policy, config)
-    identity.keep_or_drop(folder, identity.identity_of(engine, kept, prompts, config, source))
-    samples, sampling = config.eval.samples, config.eval.sampling
-    driver = Driver(
-        policy,
-        engine,
-        host,
-        grammar=config.prompt.grammar,
-        sampling=sampling_of(sampling),
-        max_tokens=sampling.max_tokens,
-    )
-    whole = chains.sample_all(
-        driver,
-        list(zip(kept, prompts, strict=True)),
-        folder / "completions",
-        samples=samples,
-        seed=config.seed,
-        stop=stop,
-        in_flight=2 * engine.slots // (samples + 1) + 1,
-        max_tokens=sampling.max_tokens,
-        title=f"evaluate {folder.name}",
-    )
-    if not whole:
-        runs.say("evaluation stopped, what is done is kept; the same command continues")
-        sys.exit(stop.exit_code)
-    hosts.barrier(f"evaluate {folder.name}")
-    return _summary(folder, config, dropped)
-
-
 def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[str, Any]:
     rows = list(read_parts(folder / "completions"))
     if not rows:
@@ -239,6 +186,10 @@ def _requests(pair: tuple[Problem, Prompt], config: Any) -> list[Request]:
         ]
         requests.append(Request(prompt, np.stack(keys), limits, sampling_of(config.eval.sampling)))
     return requests
+
+
+def sampling_of(settings: Any) -> Sampling:
+    return Sampling(settings.temperature, settings.top_p, settings.top_k)
 
 
 def _grade(
@@ -303,3 +254,18 @@ def completion_row(
         images=image_links(problem.images, sample),
         extra=(extra or {}) | several,
     )
+
+
+def image_links(images: Sequence[str | bytes], sample: int) -> tuple[str, ...]:
+    """A row's pictures. An encoded one is written once a group, into sample 0; the others say that it lies there."""
+    links = (image_link(image) for image in images)
+    return tuple(IN_SAMPLE_0 if sample and link.startswith("data:") else link for link in links)
+
+
+def image_link(image: str | bytes) -> str:
+    """A picture's path, or the data: URL of an encoded one."""
+    if not isinstance(image, bytes):
+        return str(image)
+    with Image.open(io.BytesIO(image)) as opened:
+        kind = Image.MIME.get(opened.format, "application/octet-stream")
+    return f"data:{kind};base64,{base64.b64encode(image).decode()}"

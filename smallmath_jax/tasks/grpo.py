@@ -28,14 +28,7 @@ from smallmath_jax.tasks.policy import (
     restore_model,
     with_pixels,
 )
-from smallmath_jax.tasks.rollouts import (
-    Clock,
-    Request,
-    engine_weights,
-    make_engine,
-    run_requests,
-    sampling_of,
-)
+from smallmath_jax.tasks.rollouts import Clock, Request, engine_weights, make_engine, run_requests
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train import advantages as adv
 from smallmath_jax.train.loop import StopSignal
@@ -219,7 +212,7 @@ def sample_groups(
     """A group of `group_size` rollouts for each prompt."""
     settings = config.grpo
     limits = Limits(max_tokens=settings.sampling.max_tokens)
-    sampling = sampling_of(settings.sampling)
+    sampling = evaluate.sampling_of(settings.sampling)
     keys = lambda prompt: np.stack(
         [
             draw_key(config.seed, "grpo", prompt.problem_id, step, n)

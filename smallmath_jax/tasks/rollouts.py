@@ -93,10 +93,6 @@ def run_requests(
                 yield index, partial.pop(index)
 
 
-def sampling_of(settings: Any) -> Sampling:
-    return Sampling(settings.temperature, settings.top_p, settings.top_k)
-
-
 class Clock:
     """Seconds spent per phase of a step, for the log."""
 

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from smallmath_jax.data.images import image_link
 from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, Prompt, Tree, read_parts, to_json, write_part, write_text
@@ -28,6 +27,7 @@ from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.driver import Driver, Judge, Meter, open_host
+from smallmath_jax.tasks.evaluate import image_link, sampling_of
 from smallmath_jax.tasks.policy import (
     Policy,
     judge_checkpoints,
@@ -38,7 +38,7 @@ from smallmath_jax.tasks.policy import (
     run_config,
     with_pixels,
 )
-from smallmath_jax.tasks.rollouts import make_engine, sampling_of
+from smallmath_jax.tasks.rollouts import make_engine
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import Progress, StopSignal
 

@@ -17,14 +17,17 @@ from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import path_to
 from smallmath_jax.tasks import chains, evolve_measures, runs
 from smallmath_jax.tasks.driver import Driver, Host, open_host, same_answer
+from smallmath_jax.tasks.evaluate import sampling_of
 from smallmath_jax.tasks.policy import (
     Policy,
+    judge_checkpoints,
     load_policy,
     make_mesh,
+    newest_checkpoints,
     prompts_for,
     settle_grammar,
 )
-from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
+from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
 from smallmath_jax.tasks.search import load_judge, search_job, search_settings
 from smallmath_jax.verify import rewards
 from smallmath_jax.verify.answers import extract
@@ -43,7 +46,11 @@ def run(config: Any, workdir: str) -> None:
     if not config.problem:
         raise ValueError('say what to solve: --config.problem="What is 3 * 7?"')
     if config.image:
-        load_image(config.image)  # a missing picture is told before the weights load
+        load_image(config.image)  # what is missing is told before the weights load
+    if config.init_from:
+        newest_checkpoints(config.init_from)
+    if config.judge:
+        judge_checkpoints(config.judge)
     name = hashlib.sha256(f"{config.problem}\x1f{config.image}".encode()).hexdigest()[:8]
     images = (config.image,) if config.image else ()
     problem = Problem(id=f"asked-{name}", problem=config.problem, answer="", images=images)
