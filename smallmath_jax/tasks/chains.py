@@ -17,8 +17,8 @@ from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.search import steps
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import LiveNode
+from smallmath_jax.tasks.completions import image_links
 from smallmath_jax.tasks.driver import Driver, Meter, Place
-from smallmath_jax.tasks.evaluate import image_links
 from smallmath_jax.tasks.policy import with_pixels
 from smallmath_jax.tasks.search import Parts
 from smallmath_jax.train.loop import Progress, StopSignal

@@ -33,6 +33,7 @@ from smallmath_jax.search import select
 from smallmath_jax.search.mcts import search_seeds
 from smallmath_jax.search.pairs import PairSettings
 from smallmath_jax.search.settings import SearchSettings
+from smallmath_jax.search.vote import Scale, scale_of
 from smallmath_jax.tasks import chains, evolve_measures, ppm, runs
 from smallmath_jax.tasks.driver import Driver, Host, Judge
 from smallmath_jax.tasks.policy import Policy, prompts_for
@@ -44,7 +45,6 @@ from smallmath_jax.tasks.search import (
     make_judge,
     read_trees,
     search_settings,
-    squash_of,
 )
 from smallmath_jax.tasks.server import Client, ServerEngine, settings_of
 from smallmath_jax.train.loop import StopSignal
@@ -76,12 +76,15 @@ class Bench:
         self.engine.set_weights(engine_weights(policy.model, config), version)
         scorer = None
         if judge is not None:
-            squash = squash_of(config.ppm.loss, config.ppm.tanh_in_loss)
             if self.scorer is None:
-                self.scorer = make_judge(judge, config, squash)
+                self.scorer = make_judge(judge, config, self.scale())
             self.scorer.engine.set_weights(engine_weights(judge.model, config), version)
             scorer = self.scorer
         return Driver(policy, self.engine, self.host, judge=scorer, **drawing(config))
+
+    def scale(self) -> Scale:
+        """How the rounds' preference models are read."""
+        return scale_of(self.config.ppm.loss, self.config.ppm.tanh_in_loss)
 
 
 def manifest(folder: epath.Path) -> dict[str, Any] | None:

@@ -7,9 +7,8 @@ from smallmath_jax.data.tokens import decode
 from smallmath_jax.records import Problem, draw_key
 from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.tasks import runs
-from smallmath_jax.tasks.evaluate import sampling_of
 from smallmath_jax.tasks.policy import load_policy, make_mesh, prompts_for
-from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
+from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
 from smallmath_jax.verify import rewards
 from smallmath_jax.verify.answers import extract
 
