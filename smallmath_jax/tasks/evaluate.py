@@ -25,9 +25,10 @@ from smallmath_jax.records import (
 )
 from smallmath_jax.report import metrics, pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
-from smallmath_jax.tasks import identity, runs
+from smallmath_jax.tasks import identity, runs, searched
+from smallmath_jax.tasks.checks import check
 from smallmath_jax.tasks.completions import completion_row
-from smallmath_jax.tasks.driver import same_answer
+from smallmath_jax.tasks.driver import open_host, same_answer
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
 from smallmath_jax.tasks.sources import load_sources
@@ -39,6 +40,31 @@ PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
 
 def run(config: Any, workdir: str) -> None:
     """Evaluates one policy and writes WORKDIR/report."""
+    check(config)
+    if config.eval.method == "sample" and config.prompt.grammar != "code_steps":
+        _run_plain(config, workdir)
+        return
+    with (
+        open_host(config.sandbox.to_dict()) as host,
+        runs.open_run(config, workdir) as this_run,
+        StopSignal() as stop,
+    ):
+        problems = load_evaluation_problems(config)
+        check_compared(config.compare)
+        result = searched.evaluate(config, problems, this_run, host, stop)
+        _tell(config, this_run, result)
+
+
+def _tell(config: Any, this_run: runs.Run, result: dict[str, Any]) -> None:
+    pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
+    runs.say(
+        f"accuracy {result['accuracy']:.1%} of {result['n']} ({result['decoding']}); report: "
+        f"{this_run.workdir}/report/index.html"
+    )
+
+
+def _run_plain(config: Any, workdir: str) -> None:
+    """Whole answers in one go, nothing run."""
     with runs.open_run(config, workdir) as this_run:
         mesh = make_mesh(config)
         problems = load_evaluation_problems(config)
@@ -50,10 +76,7 @@ def run(config: Any, workdir: str) -> None:
             result = evaluate(
                 policy, engine, problems, config, this_run.workdir, stop=stop, source=source
             )
-        pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
-        runs.say(
-            f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html"
-        )
+        _tell(config, this_run, result)
 
 
 def check_compared(workdirs: Iterable[str]) -> None:

@@ -4,7 +4,6 @@ A stage whose done.json is there returns what it says; one that was cut short go
 the preference model are stages of `sft` and `ppm`.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -34,7 +33,7 @@ from smallmath_jax.search.mcts import search_seeds
 from smallmath_jax.search.pairs import PairSettings
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.vote import Scale, scale_of
-from smallmath_jax.tasks import chains, evolve_measures, ppm, runs
+from smallmath_jax.tasks import chains, evolve_measures, ppm, runs, searched
 from smallmath_jax.tasks.driver import Driver, Host, Judge
 from smallmath_jax.tasks.policy import Policy, prompts_for
 from smallmath_jax.tasks.recheck import recheck, relabel
@@ -355,7 +354,6 @@ def evaluate_stage(
         samples=samples,
         seed=config.seed,
         stop=bench.stop,
-        in_flight=max(1, 2 * driver.engine.slots // (samples + 1)) + 1,
         max_tokens=config.eval.sampling.max_tokens,
         title=f"round {number} evaluate",
     )
@@ -364,38 +362,30 @@ def evaluate_stage(
         sys.exit(bench.stop.exit_code)
     hosts.barrier(f"completions {folder}")
     rows = list(read_parts(folder / "completions"))
-    record = evolve_measures.chain_measures(rows, config.eval.samples)
-    trees: list[Tree] = []
+    scale = None if judge is None else bench.scale()
+    record = evolve_measures.chain_measures(rows, config.eval.samples, scale)
+    groups: searched.Groups = []
     if judge is not None:
         limit = config.eval.final_search_problems if final else config.eval.search_problems
-        trees = evaluation_trees(bench, driver, kept[: limit or None], folder, number)
-        record |= evolve_measures.search_measures(trees)
+        groups = searched.searched_groups(
+            driver,
+            kept[: limit or None],
+            search_settings(config.eval.search, seed=config.seed, round=number),
+            folder / "trees",
+            config,
+            stop=bench.stop,
+            searches=config.eval.final_searches if final else 1,
+            title=f"round {number} search test",
+        )
+        numbers = evolve_measures.search_measures(groups, scale)
+        sets = numbers.pop("by_set")
+        for name, found in sets.items():
+            record["by_set"][name] |= found
+        record |= numbers
     if final:
-        searched = {tree.problem_id for tree in trees}
-        same = [row for row in rows if row["problem_id"] in searched] or rows
-        record["scaling"] = evolve_measures.scaling(same, trees, samples)
+        asked = {group[0].leaves.problem_id for group in groups}
+        same = [row for row in rows if row["problem_id"] in asked] or rows
+        record["scaling"] = evolve_measures.all_scaling(same, groups, scale, config.eval.top_k)
+        record["stopping"] = evolve_measures.all_stopping(same, groups, scale, config.eval.top_k)
     record["left_out"] = left_out
     return write_manifest(folder, record, started)
-
-
-def evaluation_trees(
-    bench: Bench, driver: Driver, problems: list[Problem], folder: epath.Path, number: int
-) -> list[Tree]:
-    """Trees of held-out problems, searched without their gold answers and graded afterwards."""
-    config = bench.config
-    settings = search_settings(config.eval.search, seed=config.seed, round=number)
-    title = f"round {number} search test"
-    grow_trees(driver, problems, settings, folder / "trees", config, stop=bench.stop, title=title)
-    by_id = {problem.id: problem for problem in problems}
-
-    async def grade(tree: Tree) -> Tree:
-        answers = {node.answer for node in tree.nodes if node.kind == "answer"}
-        problem = by_id[tree.problem_id]
-        verdicts = {answer: await driver.grade(problem, answer) for answer in answers}
-        return evolve_measures.graded(tree, verdicts)
-
-    async def grade_all(trees: Sequence[Tree]) -> list[Tree]:
-        return [await grade(tree) for tree in trees]
-
-    trees = [tree for tree in read_trees([folder / "trees"]) if tree.problem_id in by_id]
-    return asyncio.run(grade_all(trees))

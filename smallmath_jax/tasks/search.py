@@ -117,13 +117,14 @@ def grow_trees(
     stop: StopSignal,
     searches: int = 1,
     earlier: Mapping[str, Tree] | None = None,
+    walk: Callable[..., Any] = search,
     title: str = "search",
 ) -> dict[str, float]:
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
-    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). Leaves with the
-    signal's exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {}
-    where nothing was left to search.
+    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). `walk`: how a problem
+    is searched, `mcts.search` or one of `beam`. Leaves with the signal's exit code when `stop` asks for it, all
+    finished trees saved. Returns what the engine did (Meter.read); {} where nothing was left to search.
     """
     kept, prompts, left_out = prompts_for(list(problems), driver.policy, config)
     if left_out:
@@ -141,7 +142,8 @@ def grow_trees(
     before = earlier or {}
     goes_on = lambda problem, one: before.get(problem.id) if one.seed == settings.seed else None
     jobs = (
-        _job(driver, problem, prompt, one, goes_on(problem, one)) for problem, prompt, one in asked
+        _job(driver, problem, prompt, one, goes_on(problem, one), walk)
+        for problem, prompt, one in asked
     )
     bar = Progress(len(asked), title, quiet=hosts.host_index() != 0)
     with Parts(folder) as parts:
@@ -173,13 +175,19 @@ def problems_in_flight(engine: Engine, settings: SearchSettings) -> int:
 
 
 def _job(
-    driver: Driver, problem: Problem, prompt: Prompt, settings: SearchSettings, tree: Tree | None
+    driver: Driver,
+    problem: Problem,
+    prompt: Prompt,
+    settings: SearchSettings,
+    tree: Tree | None,
+    walk: Callable[..., Any],
 ) -> Callable[[], Any]:
     async def grow() -> Tree:
         root = driver.open(with_pixels(prompt, problem, driver.policy))
         try:
             callables = driver.callables(problem, settings)
-            grown = await search(problem, root, settings=settings, tree=tree, **callables)
+            before = {} if tree is None else {"tree": tree}
+            grown = await walk(problem, root, settings=settings, **before, **callables)
         finally:
             driver.close(root)
         return described(grown, problem, driver)
