@@ -122,8 +122,9 @@ def measures(names: Iterable[str], scale: Scale | None, top_k: int = 0) -> dict[
 
 
 def share(right: int, count: int) -> dict[str, Any]:
-    """{"accuracy", "n", "ci"} of a count."""
-    return {"accuracy": right / max(count, 1), "n": count, "ci": list(wilson(right, count))}
+    """{"accuracy", "n", "correct", "ci"} of a count."""
+    interval = list(wilson(right, count))
+    return {"accuracy": right / max(count, 1), "n": count, "correct": right, "ci": interval}
 
 
 def share_of(verdicts: Iterable[str]) -> dict[str, Any]:

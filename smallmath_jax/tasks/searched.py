@@ -150,10 +150,11 @@ def _searched(
 ) -> dict[str, Any]:
     settings = config.eval
     by_chains = settings.method == "chains"
+    unguided = {"guidance": "terminal"} if by_chains else {}  # no step is chosen, so none is scored
     found = searched_groups(
         driver,
         problems,
-        search_settings(config.search, seed=config.seed),
+        search_settings(config.search, seed=config.seed, **unguided),
         folder / "trees",
         config,
         stop=stop,
