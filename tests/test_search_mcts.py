@@ -25,7 +25,7 @@ from search_case import (
 from smallmath_jax import records
 from smallmath_jax.search import settings as presets
 from smallmath_jax.search.beam import beam_search, sample_chains
-from smallmath_jax.search.mcts import search, search_seeds, searches
+from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.settings import SearchSettings, more_rollouts, rstar_settings
 from smallmath_jax.search.steps import CodeResult
 from smallmath_jax.search.tree import (
@@ -359,6 +359,8 @@ def test_stopping_with_confidence():
     assert (tree.stopped, tree.rollouts) == ("confident", 4)  # 1 - 0.5^5 = 0.969
     with pytest.raises(ValueError, match="counts votes"):
         SearchSettings(stop="confident")
+    with pytest.raises(ValueError, match="would never end a search"):
+        SearchSettings(stop="decided", use_gold=False)
 
 
 def test_published_numbers():
@@ -399,8 +401,11 @@ def test_settings_that_make_no_sense_are_refused(fields):
 def test_many_searches_of_one_problem_differ_in_their_seeds():
     settings = SearchSettings(rollouts=2, candidates=3, seed=7)
     policy = {"generate": latent(0), "append": append, "encode": encode, "run_code": fake_run}
-    trees = asyncio.run(searches(problem(), "", 4, settings=settings, grade=grader("3"), **policy))
-    assert [tree.seed for tree in trees] == search_seeds(7, 4) and trees[0].seed == 7
+    seeds = search_seeds(7, 4)
+    each = [dataclasses.replace(settings, seed=seed) for seed in seeds]
+    grow = lambda one: asyncio.run(search(problem(), "", settings=one, grade=grader("3"), **policy))
+    trees = [grow(one) for one in each]
+    assert [tree.seed for tree in trees] == seeds and trees[0].seed == 7
     assert len({tree.nodes[1].text for tree in trees}) == 4
     assert set(search_seeds(8, 4)).isdisjoint(search_seeds(7, 4))
 

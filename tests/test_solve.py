@@ -163,5 +163,6 @@ def test_what_cannot_be_solved_is_told_in_one_line(rounds, tmp_path):
     thinks = solve_config.get_config("tiny")
     thinks.prompt.grammar = "think_answer"
     chain_case.write_config(tmp_path / "thinks", thinks)
+    (tmp_path / "thinks" / "checkpoints" / "3").mkdir(parents=True)
     refused("of think_answer; give a policy", init_from=str(tmp_path / "thinks"))
     refused("trains no preference model", judge=str(tmp_path / "thinks"))

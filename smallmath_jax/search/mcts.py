@@ -9,7 +9,6 @@ sample), so a tree does not depend on its neighbours, and a stored tree goes on 
 """
 
 import asyncio
-import dataclasses
 import itertools
 from typing import Any
 
@@ -47,15 +46,6 @@ async def search(
 def search_now(problem: Problem, root: Any, **arguments: Any) -> Tree:
     """`search`, from ordinary code: blocks until it is done."""
     return asyncio.run(search(problem, root, **arguments))
-
-
-async def searches(
-    problem: Problem, root: Any, count: int, *, settings: SearchSettings, **callables: Any
-) -> list[Tree]:
-    """`count` complete searches of one problem, which differ in their seeds: the published test protocol."""
-    seeds = search_seeds(settings.seed, count)
-    each = [dataclasses.replace(settings, seed=seed) for seed in seeds]
-    return await asyncio.gather(*(search(problem, root, settings=one, **callables) for one in each))
 
 
 def search_seeds(seed: int, count: int) -> list[int]:

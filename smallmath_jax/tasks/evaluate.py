@@ -1,17 +1,14 @@
 """Evaluation: sample answers, grade them, keep every generation, and report by level and subject."""
 
-import base64
 import dataclasses
 import functools
-import io
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
@@ -28,20 +25,46 @@ from smallmath_jax.records import (
 )
 from smallmath_jax.report import metrics, pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
-from smallmath_jax.tasks import identity, runs
-from smallmath_jax.tasks.driver import same_answer
+from smallmath_jax.tasks import identity, runs, searched
+from smallmath_jax.tasks.checks import check
+from smallmath_jax.tasks.completions import completion_row
+from smallmath_jax.tasks.driver import open_host, same_answer
 from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
-from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests
+from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
 from smallmath_jax.tasks.sources import load_sources
 from smallmath_jax.train.loop import Progress, StopSignal
 from smallmath_jax.verify.grader import Grader
 
 PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
-IN_SAMPLE_0 = "in sample 0"  # in place of an encoded picture
 
 
 def run(config: Any, workdir: str) -> None:
     """Evaluates one policy and writes WORKDIR/report."""
+    check(config)
+    if config.eval.method == "sample" and config.prompt.grammar != "code_steps":
+        _run_plain(config, workdir)
+        return
+    with (
+        open_host(config.sandbox.to_dict()) as host,
+        runs.open_run(config, workdir) as this_run,
+        StopSignal() as stop,
+    ):
+        problems = load_evaluation_problems(config)
+        check_compared(config.compare)
+        result = searched.evaluate(config, problems, this_run, host, stop)
+        _tell(config, this_run, result)
+
+
+def _tell(config: Any, this_run: runs.Run, result: dict[str, Any]) -> None:
+    pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
+    runs.say(
+        f"accuracy {result['accuracy']:.1%} of {result['n']} ({result['decoding']}); report: "
+        f"{this_run.workdir}/report/index.html"
+    )
+
+
+def _run_plain(config: Any, workdir: str) -> None:
+    """Whole answers in one go, nothing run."""
     with runs.open_run(config, workdir) as this_run:
         mesh = make_mesh(config)
         problems = load_evaluation_problems(config)
@@ -53,10 +76,7 @@ def run(config: Any, workdir: str) -> None:
             result = evaluate(
                 policy, engine, problems, config, this_run.workdir, stop=stop, source=source
             )
-        pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
-        runs.say(
-            f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html"
-        )
+        _tell(config, this_run, result)
 
 
 def check_compared(workdirs: Iterable[str]) -> None:
@@ -188,10 +208,6 @@ def _requests(pair: tuple[Problem, Prompt], config: Any) -> list[Request]:
     return requests
 
 
-def sampling_of(settings: Any) -> Sampling:
-    return Sampling(settings.temperature, settings.top_p, settings.top_k)
-
-
 def _grade(
     chunk: list[tuple[Problem, Prompt]],
     index: int,
@@ -219,53 +235,3 @@ def _grade(
             completion_row(problem, prompt, rollout, sample, text, strict, step, extra=extra)
         )
     return rows
-
-
-def completion_row(
-    problem: Problem,
-    prompt: Prompt,
-    rollout: Rollout,
-    sample: int,
-    text: str,
-    graded: Any,
-    step: int,
-    rewards: dict[str, float] | None = None,
-    extra: dict[str, Any] | None = None,
-) -> Completion:
-    """A line of completions/*.jsonl: all that is needed to see, re-grade or re-weigh the sample."""
-    several = {"accepted": problem.accepted} if len(problem.accepted) > 1 else {}
-    return Completion(
-        problem_id=problem.id,
-        sample=sample,
-        prompt=prompt.text,
-        text=prompt.prefix + text,
-        token_ids=[int(token) for token in rollout.token_ids],
-        logprobs=[round(float(value), 5) for value in rollout.log_probs],
-        stop_reason=rollout.stop_reason,
-        answer=graded.extracted,
-        gold=problem.answer,
-        verdict=graded.verdict,
-        rewards=rewards or {},
-        policy_version=rollout.version,
-        step=step,
-        level=problem.level,
-        subject=problem.subject,
-        template=problem.template,
-        images=image_links(problem.images, sample),
-        extra=(extra or {}) | several,
-    )
-
-
-def image_links(images: Sequence[str | bytes], sample: int) -> tuple[str, ...]:
-    """A row's pictures. An encoded one is written once a group, into sample 0; the others say that it lies there."""
-    links = (image_link(image) for image in images)
-    return tuple(IN_SAMPLE_0 if sample and link.startswith("data:") else link for link in links)
-
-
-def image_link(image: str | bytes) -> str:
-    """A picture's path, or the data: URL of an encoded one."""
-    if not isinstance(image, bytes):
-        return str(image)
-    with Image.open(io.BytesIO(image)) as opened:
-        kind = Image.MIME.get(opened.format, "application/octet-stream")
-    return f"data:{kind};base64,{base64.b64encode(image).decode()}"

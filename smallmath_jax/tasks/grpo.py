@@ -20,6 +20,7 @@ from smallmath_jax.records import Completion, Problem, Prompt, draw_key
 from smallmath_jax.report import pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, stages, training
+from smallmath_jax.tasks.completions import completion_row
 from smallmath_jax.tasks.policy import (
     Policy,
     load_policy,
@@ -28,7 +29,14 @@ from smallmath_jax.tasks.policy import (
     restore_model,
     with_pixels,
 )
-from smallmath_jax.tasks.rollouts import Clock, Request, engine_weights, make_engine, run_requests
+from smallmath_jax.tasks.rollouts import (
+    Clock,
+    Request,
+    engine_weights,
+    make_engine,
+    run_requests,
+    sampling_of,
+)
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train import advantages as adv
 from smallmath_jax.train.loop import StopSignal
@@ -212,7 +220,7 @@ def sample_groups(
     """A group of `group_size` rollouts for each prompt."""
     settings = config.grpo
     limits = Limits(max_tokens=settings.sampling.max_tokens)
-    sampling = evaluate.sampling_of(settings.sampling)
+    sampling = sampling_of(settings.sampling)
     keys = lambda prompt: np.stack(
         [
             draw_key(config.seed, "grpo", prompt.problem_id, step, n)
@@ -259,7 +267,7 @@ def grade_group(
         )
     gated = rewards.is_gated(parts, reward)
     return [
-        evaluate.completion_row(
+        completion_row(
             problem,
             prompt,
             rollout,

@@ -26,6 +26,11 @@ class Request:
     sampling: Sampling
 
 
+def sampling_of(settings: Any) -> Sampling:
+    """Sampling of a config's fields."""
+    return Sampling(settings.temperature, settings.top_p, settings.top_k)
+
+
 def make_engine(policy: Policy, config: Any, slots: int = 0, pages: int = 0) -> Engine:
     """An engine with its own copy of the weights in the compute dtype; `slots` and `pages` in place of the config's."""
     return Engine(

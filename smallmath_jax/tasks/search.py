@@ -25,9 +25,10 @@ from smallmath_jax.search import select
 from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import tree_from_json
+from smallmath_jax.search.vote import Scale, scale_of
 from smallmath_jax.tasks import runs
+from smallmath_jax.tasks.completions import image_link
 from smallmath_jax.tasks.driver import Driver, Judge, Meter, open_host
-from smallmath_jax.tasks.evaluate import image_link, sampling_of
 from smallmath_jax.tasks.policy import (
     Policy,
     judge_checkpoints,
@@ -38,7 +39,7 @@ from smallmath_jax.tasks.policy import (
     run_config,
     with_pixels,
 )
-from smallmath_jax.tasks.rollouts import make_engine
+from smallmath_jax.tasks.rollouts import make_engine, sampling_of
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.train.loop import Progress, StopSignal
 
@@ -46,10 +47,6 @@ from smallmath_jax.train.loop import Progress, StopSignal
 # beside what was under way
 PART_TREES = 64
 PART_SECONDS = 30.0
-
-# Value scales at inference: tanh(raw / 5) is the public code's for scores trained raw; an ORM's logit becomes
-# 2 sigmoid - 1; a PQM, and a PPM trained through tanh, were squashed in training.
-SQUASH = {"ppm": 5.0, "orm": 2.0, "pqm": 1.0}
 
 
 def run(config: Any, workdir: str) -> None:
@@ -105,21 +102,16 @@ def load_judge(workdir: str, policy: Policy, config: Any, mesh: jax.sharding.Mes
     settings = run_config(workdir)
     like = add_value_head(policy.model, jax.random.key(0))
     model = restore_model(judge_checkpoints(workdir), like, mesh)
-    squash = squash_of(settings["ppm"]["loss"], settings["ppm"]["tanh_in_loss"])
-    return make_judge(dataclasses.replace(policy, model=model), config, squash)
+    scale = scale_of(settings["ppm"]["loss"], settings["ppm"]["tanh_in_loss"])
+    return make_judge(dataclasses.replace(policy, model=model), config, scale)
 
 
-def squash_of(loss: str, tanh_in_loss: bool) -> float:
-    """What a raw value is divided by before the tanh of inference."""
-    return 1.0 if tanh_in_loss else SQUASH[loss]
-
-
-def make_judge(model: Policy, config: Any, squash: float) -> Judge:
+def make_judge(model: Policy, config: Any, scale: Scale) -> Judge:
     """An engine that only scores: few slots, as many pages as the policy's has."""
     pages = config.engine.pages or config.engine.slots * (
         -(-config.engine.cache_length // config.engine.prefill_chunk) // 2
     )
-    return Judge(make_engine(model, config, slots=8, pages=pages), squash)
+    return Judge(make_engine(model, config, slots=8, pages=pages), scale)
 
 
 def grow_trees(
@@ -132,13 +124,14 @@ def grow_trees(
     stop: StopSignal,
     searches: int = 1,
     earlier: Mapping[str, Tree] | None = None,
+    walk: Callable[..., Any] = search,
     title: str = "search",
 ) -> dict[str, float]:
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
-    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). Leaves with the
-    signal's exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {}
-    where nothing was left to search.
+    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). `walk`: how a problem
+    is searched, `mcts.search` or one of `beam`. Leaves with the signal's exit code when `stop` asks for it, all
+    finished trees saved. Returns what the engine did (Meter.read); {} where nothing was left to search.
     """
     kept, prompts, left_out = prompts_for(list(problems), driver.policy, config)
     if left_out:
@@ -156,7 +149,7 @@ def grow_trees(
     before = earlier or {}
     goes_on = lambda problem, one: before.get(problem.id) if one.seed == settings.seed else None
     jobs = (
-        search_job(driver, problem, prompt, one, goes_on(problem, one))
+        search_job(driver, problem, prompt, one, goes_on(problem, one), walk)
         for problem, prompt, one in asked
     )
     bar = Progress(len(asked), title, quiet=hosts.host_index() != 0)
@@ -194,6 +187,7 @@ def search_job(
     prompt: Prompt,
     settings: SearchSettings,
     tree: Tree | None = None,
+    walk: Callable[..., Any] = search,
 ) -> Callable[[], Any]:
     """A job of Driver.run: one problem's search; goes on with `tree` where one is given."""
 
@@ -201,7 +195,8 @@ def search_job(
         root = driver.open(with_pixels(prompt, problem, driver.policy))
         try:
             callables = driver.callables(problem, settings)
-            grown = await search(problem, root, settings=settings, tree=tree, **callables)
+            before = {} if tree is None else {"tree": tree}
+            grown = await walk(problem, root, settings=settings, **before, **callables)
         finally:
             driver.close(root)
         return described(grown, problem, driver)
