@@ -32,10 +32,15 @@ def changed(tree, tag, **fields):
     return dataclasses.replace(tree, nodes=nodes)
 
 
+def told(field, trees):
+    for tree in trees:
+        field.add(tree)
+    return field.result()
+
+
 def test_figure_4_is_found():
-    found = insights.backtracking(
-        [figure_4()], page=lambda tree: f"../trees/{tree.problem_id}.html"
-    )
+    page = lambda tree: f"../trees/{tree.problem_id}.html"
+    found = told(insights.Backtracking(page=page), [figure_4()])
     assert (found["trees"], found["count"], found["right"]) == (1, 1, 1)
     (example,) = found["examples"]
     assert [step["score"] for step in example["left"]] == [0.3, -0.517]
@@ -57,7 +62,7 @@ def test_figure_4_is_found():
     ],
 )
 def test_what_is_no_backtracking(why, tree):
-    found = insights.backtracking([tree])
+    found = told(insights.Backtracking(), [tree])
     assert (found["trees"], found["count"], found["examples"]) == (1, 0, []), why
 
 
@@ -66,7 +71,7 @@ def test_examples_are_the_right_ones_with_the_deepest_falls():
         changed(figure_4(problem_id="ungraded"), "0.2.1", verdict=""), "0.1", score=1.0
     )
     deep = changed(figure_4(problem_id="deep", round=2), "0.1", score=0.9)
-    found = insights.backtracking([ungraded, figure_4(round=1), deep], examples=2)
+    found = told(insights.Backtracking(examples=2), [ungraded, figure_4(round=1), deep])
     assert [example["problem_id"] for example in found["examples"]] == ["deep", "p"]
     assert found["count"] == 3 and found["right"] == 2
     assert found["by_round"] == {str(n): {"trees": 1, "count": 1} for n in range(3)}
@@ -74,7 +79,7 @@ def test_examples_are_the_right_ones_with_the_deepest_falls():
 
 def test_theorem_steps_against_others():
     second = changed(figure_4(), "0.2", score=0.2, text="# Vieta, then AM-GM")
-    found = insights.theorems([figure_4(), second])
+    found = told(insights.Theorems(), [figure_4(), second])
     assert found["theorem"]["n"] == 2 and found["theorem"]["trees"] == 2
     assert found["theorem"]["mean_score"] == pytest.approx(0.41)
     assert found["other"]["n"] == 6  # all but the root and the answers
@@ -90,4 +95,4 @@ def test_theorem_steps_against_others():
     error = statistics.stdev([0.62, 0.2]) / math.sqrt(2)
     assert found["theorem"]["ci"] == pytest.approx([0.41 - 1.96 * error, 0.41 + 1.96 * error])
     assert [one["theorem"] for one in found["examples"]] == ["Vieta's formulas", "AM-GM inequality"]
-    assert insights.theorems([])["theorem"]["n"] == 0
+    assert insights.insights([])["theorems"]["theorem"]["n"] == 0

@@ -7,7 +7,7 @@ none was given.
 import dataclasses
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from smallmath_jax.records import Node, Tree
@@ -116,14 +116,13 @@ def theorem_scores(trees: Sequence[Tree]) -> dict[str, Any]:
     within: list[float] = []
     by_name: dict[str, list[float]] = {name: [] for name in THEOREMS}
     for tree in trees:
-        here: tuple[list[float], list[float]] = ([], [])
-        for node in tree.nodes:
-            if node.kind in ("root", "answer") or (node.score is None and not node.visit_count):
-                continue
-            names = theorems_in(node.text)
-            here[not names].append(step_value(node))
+        steps = list(valued_steps(tree))
+        here = [
+            [value for _, names, value in steps if bool(names) is named] for named in (True, False)
+        ]
+        for _, names, value in steps:
             for name in names:
-                by_name[name].append(step_value(node))
+                by_name[name].append(value)
         naming += here[0]
         others += here[1]
         if all(here):
@@ -134,6 +133,14 @@ def theorem_scores(trees: Sequence[Tree]) -> dict[str, Any]:
         "within": _mean(within),
         "by_theorem": {name: _mean(values) for name, values in by_name.items() if values},
     }
+
+
+def valued_steps(tree: Tree) -> Iterator[tuple[Node, list[str], float]]:
+    """(step, theorems it names, its value) of the steps that have one and are no answers."""
+    for node in tree.nodes:
+        if node.kind in ("root", "answer") or (node.score is None and not node.visit_count):
+            continue
+        yield node, theorems_in(node.text), step_value(node)
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any]:
