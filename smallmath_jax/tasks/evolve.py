@@ -23,7 +23,7 @@ from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, read_parts, to_json, write_text
 from smallmath_jax.report import insights, pages
 from smallmath_jax.report.trees import write_tree_index
-from smallmath_jax.tasks import evaluate, evolve_measures, export, ppm, runs, sft, stages
+from smallmath_jax.tasks import checks, evaluate, evolve_measures, export, ppm, runs, sft, stages
 from smallmath_jax.tasks.driver import open_host
 from smallmath_jax.tasks.evolve_stages import (
     Bench,
@@ -79,6 +79,7 @@ def run(config: Any, workdir: str) -> None:
 
 def check(config: Any) -> None:
     """Raises ValueError for rounds that are not all described or not as they must be, before anything is loaded."""
+    checks.check(config)
     evolve = config.evolve
     for name in ("rollouts", "candidates", "guidance", "max_errors"):
         if len(getattr(evolve, name)) < evolve.rounds:
