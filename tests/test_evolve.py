@@ -193,7 +193,7 @@ def test_scaling_counts_samples_and_tokens():
 
 SHORT = (
     "--config.bootstrap.solutions=300",
-    "--config.bootstrap.steps=60",
+    "--config.bootstrap.steps=150",
     "--config.evolve.per_round=24",
     "--config.evolve.rounds=2",
     "--config.evolve.rollouts=(2,2)",
