@@ -32,10 +32,15 @@ def changed(tree, tag, **fields):
     return dataclasses.replace(tree, nodes=nodes)
 
 
+def told(field, trees):
+    for tree in trees:
+        field.add(tree)
+    return field.result()
+
+
 def test_figure_4_is_found():
-    found = insights.backtracking(
-        [figure_4()], page=lambda tree: f"../trees/{tree.problem_id}.html"
-    )
+    page = lambda tree: f"../trees/{tree.problem_id}.html"
+    found = told(insights.Backtracking(page=page), [figure_4()])
     assert (found["trees"], found["count"], found["right"]) == (1, 1, 1)
     assert (found["nodes"], found["left_out"]) == (
         4,
@@ -52,9 +57,9 @@ def test_figure_4_is_found():
 
 def test_a_branch_taken_that_scores_as_low_is_told_apart():
     sunk = changed(figure_4(), "0.2.1", score=-0.6)  # the model scored the right answer lower still
-    assert insights.backtracking([sunk])["above"] == 0
+    assert told(insights.Backtracking(), [sunk])["above"] == 0
     unscored = changed(changed(figure_4(), "0.2.1", score=None), "0.2", score=None)
-    found = insights.backtracking([unscored])
+    found = told(insights.Backtracking(), [unscored])
     assert (found["count"], found["above"]) == (1, 0)
 
 
@@ -71,7 +76,7 @@ def test_a_branch_taken_that_scores_as_low_is_told_apart():
     ],
 )
 def test_what_is_no_backtracking(why, tree):
-    found = insights.backtracking([tree])
+    found = told(insights.Backtracking(), [tree])
     assert (found["trees"], found["count"], found["examples"]) == (1, 0, []), why
 
 
@@ -80,7 +85,7 @@ def test_examples_are_the_right_ones_with_the_deepest_falls():
         changed(figure_4(problem_id="ungraded"), "0.2.1", verdict=""), "0.1", score=1.0
     )
     deep = changed(figure_4(problem_id="deep", round=2), "0.1", score=0.9)
-    found = insights.backtracking([ungraded, figure_4(round=1), deep], examples=2)
+    found = told(insights.Backtracking(examples=2), [ungraded, figure_4(round=1), deep])
     assert [example["problem_id"] for example in found["examples"]] == ["deep", "p"]
     assert found["count"] == 3 and found["right"] == 2
     assert found["by_round"] == {str(n): {"trees": 1, "nodes": 4, "count": 1} for n in range(3)}
@@ -94,11 +99,11 @@ def test_trees_searched_without_a_preference_model_are_left_out():
     """Their Q-values fall and rise too: rounds 1 and 2 must not count as turning back by a score."""
     blind = without_scores(figure_4(round=1))
     held_out = figure_4(round=3, extra={"settings": {"use_gold": False}})
-    found = insights.backtracking([blind, figure_4(round=3), held_out])
+    found = told(insights.Backtracking(), [blind, figure_4(round=3), held_out])
     assert (found["trees"], found["left_out"], found["count"]) == (2, 1, 2)
     assert list(found["by_round"]) == ["3", "3, held out"]
-    assert insights.backtracking([blind])["trees"] == 0
-    found = insights.theorems([blind, figure_4()])
+    assert told(insights.Backtracking(), [blind])["trees"] == 0
+    found = told(insights.Theorems(), [blind, figure_4()])
     assert found["theorem"]["trees"] == found["other"]["trees"] == 1
 
 
@@ -106,14 +111,15 @@ def test_an_unscored_step_shows_no_score():
     graded = changed(
         figure_4(), "0.2.1", score=None
     )  # in annotation answers are graded, not scored
-    (example,) = insights.backtracking([graded])["examples"]
+    (example,) = told(insights.Backtracking(), [graded])["examples"]
     assert [step["score"] for step in example["taken"]] == [0.620, None]
     assert [step["q"] for step in example["taken"]] == [0.5, 1.0]
 
 
 def test_theorem_steps_against_others():
     second = changed(figure_4(), "0.2", score=0.2, text="# Vieta, then AM-GM")
-    found = insights.theorems([figure_4(), second], page=lambda tree: "trees/p.html")
+    page = lambda tree: f"trees/{tree.problem_id}.html"
+    found = told(insights.Theorems(page=page), [figure_4(), second])
     assert found["theorem"]["n"] == 2 and found["theorem"]["trees"] == 2
     assert found["theorem"]["mean_score"] == pytest.approx(0.41)
     assert found["other"]["n"] == 4  # not the root, the answers, the steps without a score
@@ -130,4 +136,4 @@ def test_theorem_steps_against_others():
     assert found["theorem"]["ci"] == pytest.approx([0.41 - 1.96 * error, 0.41 + 1.96 * error])
     assert [one["theorem"] for one in found["examples"]] == ["Vieta's formulas", "AM-GM inequality"]
     assert {one["page"] for one in found["examples"]} == {"trees/p.html#0.2"}
-    assert insights.theorems([])["theorem"]["n"] == 0
+    assert told(insights.Theorems(), [])["theorem"]["n"] == 0

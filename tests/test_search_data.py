@@ -348,7 +348,7 @@ def test_difficulty_and_label_noise():
     )
     assert select.label_noise([SMALL]) and select.label_noise([tree()])
     assert not select.label_noise([easy, hard]) and select.label_noise([easy, hard], threshold=0.6)
-    total = select.summary([easy, hard, SMALL, dataclasses.replace(easy, problem_id="q")])
+    total = select.summary([[easy, hard, SMALL], [dataclasses.replace(easy, problem_id="q")]])
     assert (total["problems"], total["medium"], total["easy"], total["coverage"]) == (2, 1, 1, 1.0)
     assert select.summary([])["coverage"] == 0.0
 
@@ -411,8 +411,8 @@ def test_steps_that_name_a_theorem():
         leaf("0.1.1", True, text="Vieta"),
     )
     # 0.3 and 0.4 have no score: their Q-values say nothing about a preference model
-    assert theorem_gap([grown, tree(node("0.1", 0.5))]) == {"n": 1, "mean": pytest.approx(0.6)}
-    assert theorem_gap([]) == {"n": 0, "mean": None}
+    assert theorem_gap(grown) == pytest.approx(0.6)
+    assert theorem_gap(tree(node("0.1", 0.5, score=0.5))) is None
 
 
 def test_without_scores_nothing_is_told():
@@ -424,6 +424,6 @@ def test_without_scores_nothing_is_told():
         leaf("0.2.1", True),
         chosen="0.2.1",
     )
-    assert backtracks(grown) == [] and theorem_gap([grown])["n"] == 0
+    assert backtracks(grown) == [] and theorem_gap(grown) is None
     scored = [dataclasses.replace(one, score=one.q_value) for one in grown.nodes]
     assert len(backtracks(dataclasses.replace(grown, nodes=scored))) == 1

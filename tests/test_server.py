@@ -212,7 +212,7 @@ def test_a_server_that_refuses_ends_its_searches_with_what_it_said():
 
 class Config:
     each, solutions, agreeing, seed = 2, 6, 4, 0
-    problem_tokens, solution_tokens = 64, 200
+    problem_tokens, solution_tokens, watchdog_s = 64, 200, 0
 
 
 class Never:

@@ -8,8 +8,6 @@ and trees searched without a preference model count nowhere.
 import dataclasses
 import re
 import statistics
-from collections.abc import Sequence
-from typing import Any
 
 from smallmath_jax.records import Node, Tree
 from smallmath_jax.search.tree import children_of, path_to
@@ -121,17 +119,12 @@ def theorems_in(text: str) -> list[str]:
     return [name for name, pattern in _PATTERNS.items() if pattern.search(text)]
 
 
-def theorem_gap(trees: Sequence[Tree]) -> dict[str, Any]:
-    """How much higher steps that name a theorem score than the others of their tree: {"n" trees, "mean"}.
+def theorem_gap(tree: Tree) -> float | None:
+    """How much higher its steps that name a theorem score than its others, in the mean; None where it lacks either.
 
-    The mean over trees that have both of (mean of naming steps - mean of others). Hard problems name more theorems, so
-    only within a tree like is compared with like. The mean of nothing is None.
+    Hard problems name more theorems, so only within a tree like is compared with like.
     """
-    gaps = []
-    for tree in trees:
-        here: tuple[list[float], list[float]] = ([], [])
-        for node in scored_steps(tree):
-            here[not theorems_in(node.text)].append(node.score)
-        if all(here):
-            gaps.append(statistics.fmean(here[0]) - statistics.fmean(here[1]))
-    return {"n": len(gaps), "mean": statistics.fmean(gaps) if gaps else None}
+    here: tuple[list[float], list[float]] = ([], [])
+    for node in scored_steps(tree):
+        here[not theorems_in(node.text)].append(node.score)
+    return statistics.fmean(here[0]) - statistics.fmean(here[1]) if all(here) else None

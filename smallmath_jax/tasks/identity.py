@@ -71,7 +71,8 @@ def keep_or_drop(folder: epath.Path, identity: dict[str, Any]) -> None:
         parts = [part for name in PARTS for part in sorted((folder / name).glob("*.jsonl"))]
         if parts and _what(before) != _what(identity):
             runs.say(f"{folder}: {_told(before, identity)}; the {len(parts)} old parts are dropped")
-            for stale in (folder / "result.json", *parts):
+            indexes = [part.parent / "index" / part.name for part in parts]
+            for stale in (folder / "result.json", *parts, *indexes):
                 stale.unlink(missing_ok=True)
         if before != identity:
             write_text(path, json.dumps(identity, indent=1))

@@ -21,16 +21,17 @@ from smallmath_jax.report.trees import write_tree_index
 from smallmath_jax.search.beam import beam_search, sample_chains
 from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.settings import SearchSettings
-from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.search.vote import Scale
 from smallmath_jax.tasks import ballots, chains, identity, runs
 from smallmath_jax.tasks import evolve_measures as measures
 from smallmath_jax.tasks.ballots import Case, grouped_shares, mean
 from smallmath_jax.tasks.driver import Driver, Host
+from smallmath_jax.tasks.evolve_checks import count_failed
 from smallmath_jax.tasks.policy import load_policy, make_mesh, prompts_for
 from smallmath_jax.tasks.rollouts import make_engine
 from smallmath_jax.tasks.runs import Run
 from smallmath_jax.tasks.search import drawing, grow_trees, load_judge, search_settings
+from smallmath_jax.tasks.tree_parts import Entry, agreed, find_trees, iter_trees
 from smallmath_jax.train.loop import StopSignal
 
 SHOWN_TREES = 200  # as pages, of each problem its first search
@@ -97,7 +98,7 @@ def _sampled(
     scale: Scale | None,
 ) -> dict[str, Any]:
     settings = config.eval
-    whole = chains.sample_all(
+    code = chains.sample_all(
         driver,
         pairs,
         folder / "completions",
@@ -105,13 +106,13 @@ def _sampled(
         seed=config.seed,
         stop=stop,
         max_tokens=settings.sampling.max_tokens,
+        watchdog_s=config.watchdog_s,
         title="evaluate",
         greedy=settings.greedy,
     )
-    if not whole:
+    if code:
         runs.say("evaluate: stopped, what is done is kept; the same command continues")
-        sys.exit(stop.exit_code)
-    hosts.barrier(f"completions {folder}")
+        sys.exit(code)
     rows = list(read_parts(folder / "completions"))
     result = metrics.summarise(rows, settings.headline, tuple(settings.k), ballots.equal)
     cases = measures.sample_cases(rows)
@@ -256,7 +257,7 @@ def searched_groups(
     """Searches every problem `searches` times (`search.grow_trees`), grades the trees, and returns what `read` keeps.
 
     A list of each problem's, in the order of the seeds. `pages`: where the first SHOWN_TREES problems' first trees
-    are shown.
+    are shown. Raises RuntimeError when too many searches failed (`evolve_checks.count_failed`).
     """
     grow_trees(
         driver,
@@ -271,22 +272,26 @@ def searched_groups(
     )
     seeds = search_seeds(settings.seed, searches)
     by_id = {problem.id: problem for problem in problems}
+    entries = [one for one in find_trees([folder]) if one.problem_id in by_id]
+    count_failed(agreed(entries, title), title)
     found: dict[str, dict[int, Any]] = defaultdict(dict)
     shown: list[Tree] = []
-    for tree in graded_trees(driver, folder, by_id):
-        found[tree.problem_id][tree.seed] = read(tree, by_id[tree.problem_id])
-        if pages is not None and tree.seed == seeds[0] and len(shown) < SHOWN_TREES:
-            shown.append(tree)
+    with hosts.watchdog(config.watchdog_s):
+        for tree in graded_trees(driver, entries, by_id):
+            found[tree.problem_id][tree.seed] = read(tree, by_id[tree.problem_id])
+            if pages is not None and tree.seed == seeds[0] and len(shown) < SHOWN_TREES:
+                shown.append(tree)
+            hosts.beat("grading")
     if pages is not None and hosts.host_index() == 0:
         write_tree_index(shown, pages)
     return [[found[name][seed] for seed in seeds if seed in found[name]] for name in sorted(found)]
 
 
 def graded_trees(
-    driver: Driver, folder: epath.Path, problems: Mapping[str, Problem]
+    driver: Driver, entries: Iterable[Entry], problems: Mapping[str, Problem]
 ) -> Iterator[Tree]:
-    """The trees of a folder that are of these problems, with the verdict of each answer; read a few at a time."""
-    trees = (tree_from_json(row) for row in read_parts(folder) if row["problem_id"] in problems)
+    """The trees of entries, in their order, with the verdict of each answer; read a few at a time."""
+    trees = iter_trees(entries)
     while some := list(itertools.islice(trees, GRADED_TOGETHER)):
         asked = {
             (tree.problem_id, node.answer)
