@@ -9,11 +9,13 @@ import threading
 import time
 
 import driver_case as case
+import numpy as np
 import pytest
 
 from smallmath_jax.data.few_shot import EXAMPLES, cut_step, few_shot_prompt
 from smallmath_jax.data.prompts import GRAMMARS
 from smallmath_jax.records import Problem, Sampling, read_parts
+from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.tasks import synthesis
 from smallmath_jax.tasks.chains import program_of
@@ -223,6 +225,40 @@ def test_a_request_that_is_refused_ends_its_search_alone():
             trees, _ = searched(make_driver(engine), ["p0", "p1"], SearchSettings(rollouts=2), 2)
     assert trees["p0"].stopped == "failed" and "too long" in trees["p0"].extra["failure"]
     assert trees["p1"].stopped != "failed"
+
+
+def test_a_server_that_refuses_everyone_ends_the_run():
+    with serving(lambda *_: (400, {}, {"error": "no model m"})) as url:
+        client = Client(ServerSettings(url, "m"))
+        for prompt in ("a", "a", "b"):
+            with pytest.raises(ServerError) as told:
+                client.complete(prompt, **GREEDY)
+            assert told.type is ServerError
+        with pytest.raises(ServerGone, match="every request is refused.*no model m"):
+            client.complete("c", **GREEDY)
+
+
+def test_a_chat_step_goes_on_in_a_line_of_its_own():
+    """Servers strip the white space around a message."""
+    problem = case.problem("p0")
+
+    def answer(path, body, headers):
+        return 200, {}, {"choices": [{"message": {"content": "x=1<end_of_step>"}}]}
+
+    with serving(answer) as url:
+        client = Client(ServerSettings(url, "m", endpoint="chat"))
+        with ServerEngine(client, case.TOKENS, [problem], 400) as engine:
+            found = []
+            node = engine.root(case.prompt("p0"))
+            for _ in range(2):
+                engine.submit(node, 1, Limits(16), Sampling(), np.zeros((1, 2), np.uint32))
+                rollouts = []
+                while not rollouts:
+                    rollouts = engine.step()
+                found.append(rollouts[0][1].token_ids)
+                node = engine.append(node, found[-1])
+    texts = [case.TOKENS.tokenizer.decode(ids) for ids in found]
+    assert texts == ["x=1<end_of_step>", "\nx=1<end_of_step>"]
 
 
 @pytest.mark.parametrize("status", [401, 404, 503])
