@@ -179,7 +179,7 @@ def _search_round(
         for total in config.evolve.more:
             some = {problem.id: problem for problem in tried}
             earlier = {one.problem_id: one for one in _trees(folder) if one.seed == settings.seed}
-            more = dataclasses.replace(settings, rollouts=total)
+            more = dataclasses.replace(settings, rollouts=total, widen=True)
             grow(tried, more, f"more_{total}", earlier=earlier, searches=config.evolve.more_seeds)
             tried = _unsolved(bench, folder, [f"more_{total}"], some)
             record[f"solved_by_{total}"] = len(some) - len(tried)
