@@ -235,6 +235,7 @@ def test_scaling_counts_samples_and_tokens():
     points = curves[ballots.MAJORITY]
     assert [(one["trajectories"], one["tokens"]) for one in points] == [(1, 10.0), (2, 20.0)]
     assert [one["accuracy"] for one in curves[ballots.COVERAGE]] == [0.5, 0.5]
+    assert measures.sample_cases([*ROWS, *ROWS]) == measures.sample_cases(ROWS)
 
 
 def test_early_stops_by_hand():
