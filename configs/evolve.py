@@ -91,7 +91,10 @@ def get_config(mode=None):
     # Of an embedded problem, that a right program must also be right on
     evolve.instances = 2 if tiny else 0
     evolve.trajectories = 2  # best by mean Q, a problem
-    evolve.selection = "step_verified"  # step_verified | rejection | random
+    # The ablation of SFT data (section 9.1): step_verified of trees ("mcts"); rejection | random of as many plain samples
+    # ("chains": a search's rollouts of them, whole trajectories of the same policy, nothing filtered)
+    evolve.selection = "step_verified"
+    evolve.sampler = "mcts"  # mcts | chains
     # The interpreter's output is not trained on; the public code trains on it
     evolve.mask_output = True
     # A round's policy is fine-tuned from the previous round's, or from the first one ("base", as published)

@@ -34,6 +34,7 @@ from smallmath_jax.tasks import (
 )
 from smallmath_jax.tasks.driver import open_host
 from smallmath_jax.tasks.evolve_stages import (
+    SAMPLERS,
     Bench,
     evaluate_stage,
     lessons_of,
@@ -91,6 +92,13 @@ def check(config: Any) -> None:
             )
     if evolve.guidance[0] == "ppm":
         raise ValueError("evolve.guidance: the first round has no preference model, use 'terminal'")
+    if evolve.sampler not in SAMPLERS:
+        raise ValueError(f"evolve.sampler={evolve.sampler!r}: known are {', '.join(SAMPLERS)}")
+    if evolve.sampler == "chains" and evolve.selection == "step_verified":
+        raise ValueError(
+            "evolve.selection='step_verified' reads the Q-values of a search, and evolve.sampler='chains' draws "
+            "without one; choose 'rejection' or 'random'"
+        )
     if config.bootstrap.base_url:
         settings_of(config.bootstrap)
     if evolve.start not in ("previous", "base"):

@@ -132,13 +132,14 @@ def grow_trees(
     stop: StopSignal,
     searches: int = 1,
     earlier: Mapping[str, Tree] | None = None,
+    walk: Callable[..., Any] = search,
     title: str = "search",
 ) -> dict[str, float]:
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
-    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). Leaves with the
-    signal's exit code when `stop` asks for it, all finished trees saved. Returns what the engine did (Meter.read); {}
-    where nothing was left to search.
+    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). `walk`: how a problem
+    is searched, `mcts.search` or one of `beam`. Leaves with the signal's exit code when `stop` asks for it, all
+    finished trees saved. Returns what the engine did (Meter.read); {} where nothing was left to search.
     """
     kept, prompts, left_out = prompts_for(list(problems), driver.policy, config)
     if left_out:
@@ -156,7 +157,7 @@ def grow_trees(
     before = earlier or {}
     goes_on = lambda problem, one: before.get(problem.id) if one.seed == settings.seed else None
     jobs = (
-        search_job(driver, problem, prompt, one, goes_on(problem, one))
+        search_job(driver, problem, prompt, one, goes_on(problem, one), walk)
         for problem, prompt, one in asked
     )
     bar = Progress(len(asked), title, quiet=hosts.host_index() != 0)
@@ -194,6 +195,7 @@ def search_job(
     prompt: Prompt,
     settings: SearchSettings,
     tree: Tree | None = None,
+    walk: Callable[..., Any] = search,
 ) -> Callable[[], Any]:
     """A job of Driver.run: one problem's search; goes on with `tree` where one is given."""
 
@@ -201,7 +203,8 @@ def search_job(
         root = driver.open(with_pixels(prompt, problem, driver.policy))
         try:
             callables = driver.callables(problem, settings)
-            grown = await search(problem, root, settings=settings, tree=tree, **callables)
+            before = {} if tree is None else {"tree": tree}
+            grown = await walk(problem, root, settings=settings, **before, **callables)
         finally:
             driver.close(root)
         return described(grown, problem, driver)
