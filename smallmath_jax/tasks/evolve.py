@@ -3,6 +3,7 @@
     WORKDIR/bootstrap/                                  the first policy, where it is fine-tuned here
     WORKDIR/round_0/evaluate/                           what it can do
     WORKDIR/round_K/{search,select,sft,ppm,evaluate}/   round K; each folder has a done.json when it is finished
+    WORKDIR/round_K/{orm,pqm}/                          its preference model's rivals, where they are asked for
     WORKDIR/evolution.json, report/                     what the report shows of the rounds
 
 One command runs it all or continues it. Round K searches with the policy and preference model of round K - 1, trains
@@ -22,9 +23,20 @@ from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, draw_key, read_parts, to_json, write_text
 from smallmath_jax.report import evolution, pages
-from smallmath_jax.tasks import ballots, evaluate, evolve_trees, export, ppm, runs, sft, stages
+from smallmath_jax.tasks import (
+    ballots,
+    evaluate,
+    evolve_rivals,
+    evolve_trees,
+    export,
+    ppm,
+    runs,
+    sft,
+    stages,
+)
 from smallmath_jax.tasks.driver import open_host
 from smallmath_jax.tasks.evolve_stages import (
+    SAMPLERS,
     Bench,
     evaluate_stage,
     lessons_of,
@@ -82,8 +94,16 @@ def check(config: Any) -> None:
             )
     if evolve.guidance[0] == "ppm":
         raise ValueError("evolve.guidance: the first round has no preference model, use 'terminal'")
+    if evolve.sampler not in SAMPLERS:
+        raise ValueError(f"evolve.sampler={evolve.sampler!r}: known are {', '.join(SAMPLERS)}")
+    if evolve.sampler == "chains" and evolve.selection == "step_verified":
+        raise ValueError(
+            "evolve.selection='step_verified' reads the Q-values of a search, and evolve.sampler='chains' draws "
+            "without one; choose 'rejection' or 'random'"
+        )
     if config.bootstrap.base_url:
         settings_of(config.bootstrap)
+    evolve_rivals.check(config)
     if evolve.start not in ("previous", "base"):
         raise ValueError(f"evolve.start={evolve.start!r}: known are 'previous', 'base'")
 
@@ -160,6 +180,7 @@ def one_round(
     judge = train_judge(bench, number, policy, pool)
     final = number == config.evolve.rounds
     tell(bench, number, evaluate_stage(bench, number, policy, judge, final))
+    train_rivals(bench, number, policy, pool)
     return policy, judge
 
 
@@ -207,9 +228,14 @@ def fine_tune(bench: Bench, number: int, start: Policy, pool: Sequence[Problem])
     )
 
 
-def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Problem]) -> Policy:
-    """The preference model of a round: the round's policy with a value head, on the pairs of the last rounds."""
-    config, folder = bench.config, bench.round_folder(number) / "ppm"
+def train_judge(
+    bench: Bench, number: int, policy: Policy, pool: Sequence[Problem], name: str = "ppm"
+) -> Policy:
+    """The preference model of a round: the round's policy with a value head, on the pairs of the last rounds.
+
+    `name`: of its folder.
+    """
+    config, folder = bench.config, bench.round_folder(number) / name
     first = max(1, number + 1 - config.evolve.pair_rounds) if config.evolve.pair_rounds else 1
     rounds = [bench.round_folder(k) for k in range(first, number + 1)]
     pairs, examples = [], []
@@ -232,6 +258,15 @@ def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Proble
         bench.stop,
         title=title,
     )
+
+
+def train_rivals(bench: Bench, number: int, policy: Policy, pool: Sequence[Problem]) -> None:
+    """The reward models beside a round's own (`config.evolve.also_train`), and their scores of its evaluation."""
+    for loss in evolve_rivals.losses_of(bench.config, number):
+        if evolve_rivals.scored(bench, number, loss) is None:
+            other = dataclasses.replace(bench, config=evolve_rivals.with_loss(bench.config, loss))
+            model = train_judge(other, number, policy, pool, name=loss)
+            evolve_rivals.score_stage(bench, number, loss, model)
 
 
 # ---- what is told
@@ -354,4 +389,5 @@ def reward_row(bench: Bench, number: int) -> dict[str, Any]:
         ballots.BOTH: f"+ {bench.config.ppm.loss.upper()} and log-probability",
         ballots.WEIGHTED: f"+ {bench.config.ppm.loss.upper()}-weighted vote",
     }
-    return row | {names[name]: one for name, one in found["at_n"].items()}
+    row |= {names[name]: one for name, one in found["at_n"].items()}
+    return row | evolve_rivals.row(bench, number)

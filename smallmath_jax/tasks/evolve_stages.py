@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from smallmath_jax.records import (
     write_text,
 )
 from smallmath_jax.search import select
-from smallmath_jax.search.mcts import search_seeds
+from smallmath_jax.search.beam import sample_chains
+from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.pairs import PairSettings
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.vote import Scale, scale_of
@@ -113,9 +114,35 @@ def round_settings(config: Any, number: int) -> SearchSettings:
         round=number,
         rollouts=evolve.rollouts[number - 1],
         candidates=evolve.candidates[number - 1],
-        guidance=evolve.guidance[number - 1],
+        guidance=guidance_of(config, number),
         max_errors=evolve.max_errors[number - 1],
     )
+
+
+def guidance_of(config: Any, number: int) -> str:
+    """What guides a round's search; whole trajectories without search are guided by nothing."""
+    return config.evolve.guidance[number - 1] if config.evolve.sampler == "mcts" else "terminal"
+
+
+async def plain_samples(
+    problem: Problem,
+    root: Any,
+    *,
+    settings: SearchSettings,
+    tree: Tree | None = None,
+    **callables: Any,
+) -> Tree:
+    """As many independent trajectories as a search would take rollouts, in a tree that branches at its root alone.
+
+    A tree that goes on is drawn again from its start: the same keys give its trajectories once more, then new ones.
+    """
+    count = settings.rollouts
+    return await sample_chains(problem, root, count=count, settings=settings, **callables)
+
+
+# `config.evolve.sampler` -> where a round's trajectories come from. The baselines of the ablation of SFT data (section
+# 9.1: random sampling, rejection sampling) draw them without search.
+SAMPLERS: dict[str, Callable[..., Any]] = {"mcts": search, "chains": plain_samples}
 
 
 def search_stage(
@@ -138,7 +165,7 @@ def round_driver(
     """What a round searches with: the policy, or in round 1 the server that `config.bootstrap.base_url` names."""
     config, bootstrap = bench.config, bench.config.bootstrap
     if number > 1 or not bootstrap.base_url:
-        guided = config.evolve.guidance[number - 1] == "ppm"
+        guided = guidance_of(config, number) == "ppm"
         yield bench.driver(policy, judge if guided else None, number - 1)
         return
     client = Client(settings_of(bootstrap))
@@ -163,6 +190,7 @@ def _search_round(
         config,
         stop=bench.stop,
         title=f"round {number} {name}",
+        walk=SAMPLERS[config.evolve.sampler],
         **more,
     )
     by_id = {problem.id: problem for problem in problems}
