@@ -88,10 +88,12 @@ def get_config(mode=None):
     evolve.candidates = (5, 6, 6, 6) if tiny else tuple(PRESETS[name].candidates for name in ROUNDS)
     evolve.guidance = tuple(PRESETS[name].guidance for name in ROUNDS)
     evolve.max_errors = (1,) * 4 if tiny else tuple(PRESETS[name].max_errors for name in ROUNDS)
+    # Search what a round left unsolved a second time, with another seed and as many rollouts
+    evolve.second_pass = not tiny
     evolve.more = EXTRA_ROLLOUTS  # rollouts that unsolved problems go on to
     evolve.more_from = 4  # the first round that does
     # Trees an unsolved problem gets then: the first goes on, the others are new
-    evolve.more_seeds = 1
+    evolve.more_seeds = 1 if tiny else 2
     evolve.more_problems = 60 if tiny else 0  # at most as many of them; 0: all
     # Also search what is unsolved once more, with a new seed and no more rollouts
     evolve.control = tiny

@@ -11,6 +11,7 @@ from smallmath_jax.search.select import trajectories
 from smallmath_jax.tasks import evolve, evolve_stages
 from smallmath_jax.tasks import search as task
 from smallmath_jax.tasks.driver import Driver
+from smallmath_jax.tasks.tree_parts import read_trees
 
 PROBLEMS = [case.problem(f"p{number}") for number in range(24)]
 
@@ -40,8 +41,8 @@ def searched(bench, sampler, selection):
     )
     evolve_stages._search_round(bench, 1, driver, PROBLEMS)
     folder = bench.round_folder(1)
-    first = task.read_trees([folder / "search" / "trees"])
-    more = task.read_trees([folder / "search" / "more_9"])
+    first = read_trees([folder / "search" / "trees"])
+    more = read_trees([folder / "search" / "more_9"])
     evolve_stages.select_stage(bench, 1, PROBLEMS)
     return first, more, list(read_parts(folder / "select" / "sft"))
 

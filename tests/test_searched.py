@@ -15,7 +15,7 @@ from smallmath_jax.report import answers
 from smallmath_jax.search.mcts import search_seeds
 from smallmath_jax.search.vote import SCALES
 from smallmath_jax.tasks import search as search_task
-from smallmath_jax.tasks import searched
+from smallmath_jax.tasks import searched, tree_parts
 from smallmath_jax.tasks.checks import check
 from smallmath_jax.tasks.driver import Judge
 
@@ -31,7 +31,7 @@ PROBLEMS = [
 def no_prompts(monkeypatch):
     given = lambda problems, policy, config: (problems, [case.prompt(p.id) for p in problems], {})
     monkeypatch.setattr(search_task, "prompts_for", given)
-    monkeypatch.setattr(search_task, "PART_TREES", 2)
+    monkeypatch.setattr(tree_parts, "PART_TREES", 2)
 
 
 def config_of(method, searches=5, **search):

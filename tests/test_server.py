@@ -203,16 +203,16 @@ def test_a_search_over_a_server_is_a_search():
 def test_a_server_that_refuses_ends_its_searches_with_what_it_said():
     from test_driver import searched
 
-    with serving(lambda *_: (401, {}, {"error": "no key"})) as url:
+    with serving(lambda *_: (400, {}, {"error": "too long"})) as url:
         client = Client(ServerSettings(url, "m"))
         with ServerEngine(client, case.TOKENS, [case.problem("p0")], 400) as engine:
             trees, _ = searched(make_driver(engine), ["p0"], SearchSettings(), 1)
-    assert trees["p0"].stopped == "failed" and "no key" in trees["p0"].extra["failure"]
+    assert trees["p0"].stopped == "failed" and "too long" in trees["p0"].extra["failure"]
 
 
 class Config:
     each, solutions, agreeing, seed = 2, 6, 4, 0
-    problem_tokens, solution_tokens = 64, 200
+    problem_tokens, solution_tokens, watchdog_s = 64, 200, 0
 
 
 class Never:
