@@ -11,6 +11,7 @@ Published, not reproduced here: MATH 58.8 -> 90.0 (Qwen2.5-Math-7B, 64 trajector
 from ml_collections import ConfigDict
 
 from configs import common, ppm, search
+from smallmath_jax.data.few_shot import EXAMPLES
 from smallmath_jax.search.settings import (
     EXTRA_ROLLOUTS,
     PRESETS,
@@ -27,17 +28,23 @@ BENCHMARKS = (
 
 
 def bootstrap(mode: str) -> ConfigDict:
-    """Who searches in round 1: a server (`base_url`), else config.model, fine-tuned on noisy `solutions` if any."""
+    """Who searches in round 1: a server (`base_url`), a local `model`, or else config.model.
+
+    The first two are asked by few-shot prompts, in text, and their steps are encoded for config.model to learn.
+    """
     tiny = mode == "tiny"
     settings = ConfigDict()
-    settings.solutions = 2000 if tiny else 0
-    settings.base_url = (
-        ""  # an OpenAI-compatible server, with its version: http://localhost:8000/v1
-    )
-    settings.model = ""  # its name there
+    settings.solutions = 2000 if tiny else 0  # noisy ones that config.model is fine-tuned on first
+    # An OpenAI-compatible server, with its version: http://localhost:8000/v1
+    settings.base_url = ""
+    # Its name at the server; without base_url a folder or hub name, run here
+    settings.model = ""
+    settings.shots = len(EXAMPLES)  # worked examples in the prompt
+    settings.max_tokens = 48 if tiny else 2048  # of one step, as that model counts
     settings.endpoint = "completions"  # completions | chat
     settings.concurrent = 16  # requests at a time
     settings.requests_per_minute = 0  # 0: no limit of ours
+    settings.attempts = 10  # at one request, after growing pauses: about four minutes
     settings.api_key_variable = "OPENAI_API_KEY"  # the environment variable that holds the key
     settings.temperature = 0.7
     settings.noise = 0.5  # share of them with a wrong number or operator

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from smallmath_jax.data.batches import make_sequence
+from smallmath_jax.data.few_shot import EXAMPLES
 from smallmath_jax.data.tiny import tiny_problems
 from smallmath_jax.data.tiny_noise import noisy_solution
 from smallmath_jax.data.tokens import completion_ids
@@ -113,6 +114,8 @@ def check(config: Any) -> None:
     if config.bootstrap.base_url:
         settings_of(config.bootstrap)
     evolve_rivals.check(config)
+    if not 0 <= config.bootstrap.shots <= len(EXAMPLES):
+        raise ValueError(f"bootstrap.shots={config.bootstrap.shots}: from 0 to {len(EXAMPLES)}")
     if evolve.start not in ("previous", "base"):
         raise ValueError(f"evolve.start={evolve.start!r}: known are 'previous', 'base'")
 

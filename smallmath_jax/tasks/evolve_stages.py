@@ -41,6 +41,7 @@ from smallmath_jax.search.vote import Scale, scale_of
 from smallmath_jax.tasks import chains, evolve_measures, ppm, runs, searched
 from smallmath_jax.tasks.driver import Driver, Host, Judge
 from smallmath_jax.tasks.evolve_checks import Checked, checked, count_failed, has_right
+from smallmath_jax.tasks.local import open_local
 from smallmath_jax.tasks.policy import Policy, prompts_for
 from smallmath_jax.tasks.rollouts import engine_weights, make_engine
 from smallmath_jax.tasks.search import (
@@ -173,6 +174,7 @@ def search_stage(
     if found := agreed_manifest(folder):
         return found
     started = time.time()
+    problems = searchable(bench.config, number, problems)
     with round_driver(bench, number, policy, judge, problems) as driver:
         record = _search_round(bench, number, driver, problems)
     return write_manifest(folder, record, started)
@@ -182,18 +184,35 @@ def search_stage(
 def round_driver(
     bench: Bench, number: int, policy: Policy, judge: Policy | None, problems: Sequence[Problem]
 ) -> Iterator[Driver]:
-    """What a round searches with: the policy, or in round 1 the server that `config.bootstrap.base_url` names."""
+    """What a round searches with: the policy, or in round 1 the server or local model that `bootstrap` names."""
     config, bootstrap = bench.config, bench.config.bootstrap
-    if number > 1 or not bootstrap.base_url:
+    if number > 1 or not (bootstrap.base_url or bootstrap.model):
         guided = guidance_of(config, number) == "ppm"
         yield bench.driver(policy, judge if guided else None, number - 1)
         return
-    client = Client(settings_of(bootstrap))
-    length = config.engine.cache_length
     asked = drawing(config)
     asked["sampling"] = Sampling(temperature=bootstrap.temperature)
-    with ServerEngine(client, policy.tokens, problems, length) as engine:
+    asked["max_tokens"] = bootstrap.max_tokens
+    if bootstrap.base_url:
+        client = Client(settings_of(bootstrap))
+        length = config.engine.cache_length
+        engine = ServerEngine(client, policy.tokens, problems, length, bootstrap.shots)
+    else:
+        engine = open_local(config, policy.tokens, problems, bench.mesh)
+    with engine:
         yield Driver(policy, engine, bench.host, **asked)
+
+
+def searchable(config: Any, number: int, problems: list[Problem]) -> list[Problem]:
+    """The problems a round can search: the few-shot prompt of another model holds no pictures."""
+    if number > 1 or not (config.bootstrap.base_url or config.bootstrap.model):
+        return problems
+    texts = [problem for problem in problems if not problem.images]
+    if len(texts) < len(problems):
+        runs.say(
+            f"round {number}: {len(problems) - len(texts)} problems with pictures wait for the next round"
+        )
+    return texts
 
 
 def _search_round(
