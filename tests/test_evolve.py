@@ -192,8 +192,8 @@ def test_scaling_counts_samples_and_tokens():
 
 
 SHORT = (
-    "--config.bootstrap.solutions=300",
-    "--config.bootstrap.steps=60",
+    "--config.bootstrap.solutions=900",
+    "--config.bootstrap.steps=250",
     "--config.evolve.per_round=24",
     "--config.evolve.rounds=2",
     "--config.evolve.rollouts=(2,2)",

@@ -54,7 +54,9 @@ def test_the_baselines_draw_from_plain_samples(bench, selection):
     for trees, count in ((first, 6), (more, 9)):
         for tree in trees:
             ways = trajectories(tree)
-            assert tree.rollouts == len(ways) == count, "as many trajectories as a search's rollouts"
+            assert tree.rollouts == len(ways) == count, (
+                "as many trajectories as a search's rollouts"
+            )
             parents = [node.parent for node in tree.nodes[1:]]
             assert parents.count("0") == count
             assert all(parents.count(tag) == 1 for tag in parents if tag != "0"), "no way branches"
