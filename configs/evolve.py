@@ -11,9 +11,19 @@ Published, not reproduced here: MATH 58.8 -> 90.0 (Qwen2.5-Math-7B, 64 trajector
 from ml_collections import ConfigDict
 
 from configs import common, ppm, search
-from smallmath_jax.search.settings import EXTRA_ROLLOUTS, PRESETS, preset
+from smallmath_jax.search.settings import (
+    EXTRA_ROLLOUTS,
+    PRESETS,
+    TEST_SEARCHES,
+    TEST_TOP_K,
+    preset,
+)
 
 ROUNDS = ("round1", "round2", "round3", "round4")
+BENCHMARKS = (
+    *("math500", "math", "aime2024", "amc23", "olympiadbench", "college_math", "gsm8k"),
+    "gaokao2023en",
+)
 
 
 def bootstrap(mode: str) -> ConfigDict:
@@ -68,6 +78,7 @@ def get_config(mode=None):
     search.code_steps(config, mode)
     public = ("convert:numina_competition", "convert:metamath", "convert:math_train")
     config.problems = ("tiny:train",) if tiny else public
+    config.data.decontaminate = () if tiny else BENCHMARKS
     config.limit = 0  # problems a source; 0: all (embedded ones: as many as the rounds take)
     config.bootstrap = bootstrap(mode)
 
@@ -121,18 +132,23 @@ def get_config(mode=None):
     config.pairs = ppm.pair_settings(mode)
     config.ppm = ppm.ppm_settings(mode)
     if tiny:
-        config.ppm.epochs = 10
-        config.ppm.tokens = 1_000_000  # about a minute
+        # A few hundred small trees: every pair counts, and more passes only learn them by heart
+        config.pairs.update({"min_margin": 0.0, "per_side": 6})
+        config.ppm.pairs = 256
+        config.ppm.epochs = 5
         config.ppm.optimizer.learning_rate = 1e-3
 
     config.eval = common.evaluation(mode)
-    config.eval.problems = ("tiny:test",) if tiny else ("math500", "aime2024", "amc23")
+    config.eval.problems = ("tiny:test",) if tiny else BENCHMARKS
     config.eval.limit = 520 if tiny else 0
     config.eval.samples = 8
     config.eval.final_samples = 16 if tiny else 64  # after the last round, for the scaling curve
     config.eval.search_problems = 100 if tiny else 0  # problems searched after a round; 0: all
     config.eval.final_search_problems = 300 if tiny else 0
     config.eval.sampling.max_tokens = 80 if tiny else 2048
+    # Complete searches a problem after the last round, and how many of their answers vote, by PPM score
+    config.eval.final_searches = 1 if tiny else TEST_SEARCHES
+    config.eval.top_k = TEST_TOP_K
     config.eval.search = search.settings_of(preset("test"))
     if tiny:
         config.eval.search.update({"rollouts": 8, "candidates": 8, "max_depth": 12})

@@ -1,10 +1,12 @@
 """Monte Carlo tree search over code steps (rStar-Math, section 3.2): a tree a problem, with a page for each.
 
     python run.py --config=configs/search.py:tiny --config.init_from=workdirs/evolve-tiny/bootstrap
-    python run.py --config=configs/search.py:math7b --config.problems="('math500',)" --config.judge=workdirs/ppm
+    python run.py --config=configs/search.py:math7b --config.problems="('convert:math_train',)" \
+        --config.judge=workdirs/ppm --config.search.guidance=ppm
 
-Without --config.judge the search is guided by outcomes alone; with it set --config.search.guidance=ppm. Problems with
-pictures are searched like any other by a vision model.
+Without --config.judge the search is guided by outcomes alone. Problems with pictures are searched like any other by a
+vision model. These trees are to be learnt from: answers are graded on the way, and problems that share text with a
+benchmark are left out. To search benchmarks at test time: configs/evaluate.py.
 """
 
 import dataclasses

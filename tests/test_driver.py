@@ -12,6 +12,7 @@ from smallmath_jax.records import Sampling, read_parts
 from smallmath_jax.search.mcts import search
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import tree_from_json
+from smallmath_jax.search.vote import SCALES
 from smallmath_jax.tasks import search as task
 from smallmath_jax.tasks.driver import Driver, Judge, same_answer
 
@@ -54,7 +55,7 @@ def searched(driver, names, settings, in_flight, stop=lambda: False):
 @pytest.mark.parametrize("guidance", ["terminal", "ppm"])
 def test_trees_are_those_of_searches_one_after_the_other(guidance):
     settings = dataclasses.replace(SETTINGS, guidance=guidance)
-    judge = lambda: Judge(case.ScriptedEngine(), 5.0) if guidance == "ppm" else None
+    judge = lambda: Judge(case.ScriptedEngine(), SCALES["ppm"]) if guidance == "ppm" else None
     alone, _ = searched(make_driver(case.ScriptedEngine(1), judge=judge()), NAMES, settings, 1)
     for seed, in_flight in ((2, 4), (3, 100)):
         engine = case.ScriptedEngine(seed)

@@ -9,6 +9,7 @@ from test_configs import load
 from test_evolve import row
 
 from smallmath_jax.records import read_parts, write_part
+from smallmath_jax.search.vote import scale_of
 from smallmath_jax.tasks import evolve, evolve_rivals
 from smallmath_jax.tasks.driver import WORST
 
@@ -54,7 +55,7 @@ def test_every_answered_sample_is_scored_by_its_own_path(bench):
     for one in rows:
         path = (ord(one["problem_id"][-1]), one["sample"], 7)
         raw = (sum(path) % 21 - 10) / 5.0  # as the scripted engine scores it
-        assert one["score"] == pytest.approx(math.tanh(raw / 5.0))
+        assert one["score"] == pytest.approx(math.tanh(raw / scale_of("orm").squash))
     assert not bench.scorer.engine.paths, "nothing is left behind"
     again = evolve_rivals.score_stage(bench, 4, "orm", None)  # finished: nothing is scored again
     assert again["best"]["accuracy"] == record["best"]["accuracy"]
@@ -77,12 +78,12 @@ def test_a_rivals_vote_weighs_by_its_own_odds():
         {
             "problem_id": "p1",
             "sample": n,
-            "score": math.tanh(one / evolve_rivals.VOTE_SQUASH["orm"]),
+            "score": math.tanh(one / scale_of("orm").squash),
         }
         for n, one in enumerate(raw)
     ]
     told = lambda *raw: {
-        name: evolve_rivals.measures(rows, scores(*raw), 3)[name]["accuracy"]
+        name: evolve_rivals.measures(rows, scores(*raw), 3, scale_of("orm"))[name]["accuracy"]
         for name in ("best", "weighted")
     }
     assert told(3.0, 0.0, 0.0) == {"best": 1.0, "weighted": 1.0}

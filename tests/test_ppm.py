@@ -11,10 +11,10 @@ import pytest
 
 from smallmath_jax.records import PreferencePair, Problem, Prompt
 from smallmath_jax.search.select import ValueExample
+from smallmath_jax.search.vote import scale_of
 from smallmath_jax.tasks import judged, ppm, training
 from smallmath_jax.tasks.judged import Batches, held_out, judged_items, plan_steps
 from smallmath_jax.tasks.policy import copied, load_policy, make_mesh
-from smallmath_jax.tasks.search import squash_of
 from smallmath_jax.train import step as steps
 from smallmath_jax.train.loop import StopSignal
 
@@ -155,9 +155,25 @@ def test_problems_are_held_out_whole():
     assert 0.2 < len(test) / 300 < 0.4
 
 
-def test_squash_of():
-    assert [squash_of(name, False) for name in ("ppm", "orm", "pqm")] == [5.0, 2.0, 1.0]
-    assert squash_of("ppm", True) == 1.0
+@pytest.mark.parametrize(
+    "loss, tanh, squash", [("ppm", False, 5.0), ("ppm", True, 1.0), ("orm", False, 2.0)]
+)
+def test_a_log_weight_is_the_log_odds_of_the_loss(loss, tanh, squash):
+    """Of what two raw values say of their items in training: PPM -log sigmoid(difference), ORM a logistic loss."""
+    scale = scale_of(loss, tanh)
+    assert scale.squash == squash
+    for raw in (-2.0, 0.3, 4.0):
+        value = np.tanh(raw) if tanh else raw  # losses.ppm(tanh=True) compares squashed values
+        assert scale.log_weight(np.tanh(raw / squash)) == pytest.approx(value, rel=1e-6)
+
+
+def test_a_pqm_weighs_by_the_chance_of_a_right_answer():
+    scale = scale_of("pqm")
+    assert scale.squash == 1.0  # losses.pqm fits tanh(value) to a mean of outcomes +1 and -1
+    for right, wrong in ((3, 1), (1, 7), (5, 0)):
+        score = (right - wrong) / (right + wrong)
+        assert np.exp(scale.log_weight(score)) == pytest.approx(right / (right + wrong))
+    assert np.isfinite(scale.log_weight(-1.0))
 
 
 # ---- training on a toy: of two numbers the larger is right

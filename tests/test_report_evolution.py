@@ -15,6 +15,7 @@ from smallmath_jax.report import pages, trees
 TITLES = {
     "rounds": "Rounds of self-evolution",
     "scaling": "Test-time scaling",
+    "stopping": "What early stops save",
     "backtracking": "Backtracking",
     "theorems": "Steps that apply a theorem",
     "reward_models": "Policy and reward model",
@@ -53,6 +54,7 @@ def test_the_page_and_report_json_hold_what_the_run_wrote(tmp_path):
         "+0.610",
         "87.8%",
     ]
+    shown += ["5,453", "15,693", "31.0%", "89.2%", "mean tokens of a search, by problem set"]
     shown += ["How many integers &lt;n&gt; are there?", "Vieta", "tree search + PPM", "21,812"]
     for words in shown:
         assert words in page, words
@@ -60,6 +62,18 @@ def test_the_page_and_report_json_hold_what_the_run_wrote(tmp_path):
     assert "<img" not in page and not re.search(r"<script|\son\w+=", page)
     files = {path.name for path in (tmp_path / "report" / "plots").iterdir()}
     assert {"rounds.png", "scaling_tokens.png", "scaling_trajectories.png", "theorems.png"} <= files
+
+
+def test_shares_of_a_round_are_plain_numbers_with_n_and_interval_beside_them():
+    cell = {"accuracy": 0.5, "n": 8, "ci": [0.2, 0.8]}
+    found = {"round": 1} | room.round_fields("accuracy", cell) | room.round_fields("solved", cell)
+    assert (found["accuracy"], found["n"], found["accuracy_ci"]) == (0.5, 8, [0.2, 0.8])
+    assert (found["solved"], found["solved_n"], found["solved_ci"]) == (0.5, 8, [0.2, 0.8])
+    assert room.round_cell(found, "accuracy") == cell == room.round_cell(found, "solved")
+    assert room.round_cell(found | room.round_fields("solved", None), "solved") is None
+    text = room.sections({"rounds": [found]}, NoPictures())[TITLES["rounds"]]
+    assert "20.0% – 80.0%, n = 8" in text and "accuracy ci" not in text and "solved n" not in text
+    assert room.headline({"rounds": [found]})["n"] == 8
 
 
 @pytest.mark.parametrize("field", TITLES)

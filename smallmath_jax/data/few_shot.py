@@ -63,8 +63,22 @@ print(k)
 )
 
 
-def few_shot_prompt(problem: Problem, partial: str = "") -> str:
-    """The text a bootstrap model continues: everything up to `partial`, a solution as far as it goes.
+def few_shot_prompt(problem: Problem, partial: str = "", shots: int = len(EXAMPLES)) -> str:
+    """The text a bootstrap model continues: `few_shot_start`, the question, and `partial`, a solution so far."""
+    return few_shot_start(shots) + few_shot_question(problem) + partial
+
+
+def few_shot_start(shots: int = len(EXAMPLES)) -> str:
+    """Instructions and the first `shots` worked examples: the same for every problem."""
+    if not shots:
+        return f"{INSTRUCTIONS}\n\n"
+    shown = "\n\n".join(f"Question: {asked}\n{solution}" for asked, solution in EXAMPLES[:shots])
+    are = f"are {shots} demonstration examples" if shots > 1 else "is a demonstration example"
+    return f"{INSTRUCTIONS}\nThe following {are}.\n\n{shown}\n\nNow! It's your turn.\n"
+
+
+def few_shot_question(problem: Problem) -> str:
+    """The problem as it stands behind the examples.
 
     Raises ValueError for a problem with pictures, which a text prompt cannot hold.
     """
@@ -72,11 +86,7 @@ def few_shot_prompt(problem: Problem, partial: str = "") -> str:
         raise ValueError(
             f"problem {problem.id!r} has pictures, the few-shot prompt is text; leave such problems out of round 1"
         )
-    shown = "\n\n".join(f"Question: {question}\n{solution}" for question, solution in EXAMPLES)
-    return (
-        f"{INSTRUCTIONS}\nThe following are {len(EXAMPLES)} demonstration examples.\n\n{shown}\n\n"
-        f"Now! It's your turn.\nQuestion: {user_text(problem)}\n{partial}"
-    )
+    return f"Question: {user_text(problem)}\n"
 
 
 def cut_step(text: str, stops: tuple[str, ...], stopped_by: str = "") -> tuple[str, str]:

@@ -10,13 +10,11 @@ import dataclasses
 import functools
 import io
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-IN_SAMPLE_0 = "in sample 0"  # in place of an encoded picture
 _MAX_ASPECT = 200
 
 
@@ -196,18 +194,3 @@ def _encoded(ref: str | bytes) -> bytes:
     if ref.startswith("data:"):
         return base64.b64decode(ref.partition(",")[2], validate=True)
     return epath.Path(ref).read_bytes()
-
-
-def image_links(images: Sequence[str | bytes], sample: int) -> tuple[str, ...]:
-    """A row's pictures. An encoded one is written once a group, into sample 0; the others say that it lies there."""
-    links = (image_link(image) for image in images)
-    return tuple(IN_SAMPLE_0 if sample and link.startswith("data:") else link for link in links)
-
-
-def image_link(image: str | bytes) -> str:
-    """A picture's path, or the data: URL of an encoded one."""
-    if not isinstance(image, bytes):
-        return str(image)
-    with Image.open(io.BytesIO(image)) as opened:
-        kind = Image.MIME.get(opened.format, "application/octet-stream")
-    return f"data:{kind};base64,{base64.b64encode(image).decode()}"

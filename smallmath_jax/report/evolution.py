@@ -4,17 +4,21 @@ They are made from WORKDIR/evolution.json, whose fields also go into report.json
 stands in the page only when its field does. A *share* is {"accuracy", "n", "ci": [low, high]}, as everywhere in
 report.json, or a bare number in [0, 1] where no interval is known, or null.
 
-    rounds          [round, ...] in order; 0 is the model before the first round (tables 4 and 6 of the paper):
+    rounds          [round, ...] in order; 0 is the model before the first round (tables 4 and 6 of the paper). All have
+                    the same fields, null where a round has nothing:
         round               0, 1, 2, ...
-        accuracy            share: greedy pass@1 of the round's policy
-        search_accuracy     share: the round's policy and preference model searching together
-        solved              share: training problems with a right trajectory so far
+        accuracy            number: pass@1 of the round's policy; beside it n and accuracy_ci: [low, high]
+        search_accuracy     number: the round's policy and preference model searching together; search_accuracy_n, _ci
+        solved              number: training problems with a right trajectory so far; solved_n, solved_ci
         coverage_by_level   {level: share}: the same by level
-        by_level, by_subject  {level or subject: share}: pass@1
-        by_set              {problem set: share}: search accuracy by benchmark
+        by_level, by_subject, by_set  {level, subject or problem set: share}: pass@1
+        search_by_set       {problem set: share}: search accuracy by benchmark
+        tokens_by_set       {problem set: number}: mean tokens of a sampled trajectory
+        search_tokens_by_set  {problem set: number}: of a complete search
         anything else       a number or text (policy, rollouts, candidates, sft_examples, pairs, tokens, wall_s, ...):
                             a row of the table
     scaling         {method: [point, ...]}; point = {"trajectories", "tokens", "accuracy", "n", "ci"}, tokens a problem
+    stopping        [row, ...] of tasks.ballots.stopping: early stops, tokens saved, accuracy kept
     backtracking    {"trees", "nodes", "count", "above", "left_out", "median_fall", "examples": [example, ...],
                     "by_round": {round: {"trees", "nodes", "count"}}}: trees whose chosen path leaves a step behind that
                     search had tried first and scored lower as it went on; of trees that a preference model scored
@@ -35,10 +39,10 @@ from typing import Any
 
 from etils import epath
 
-from smallmath_jax.report import plots
+from smallmath_jax.report import answers, plots
 from smallmath_jax.report.markup import data_url, escape, percent, picture, table
 
-FIELDS = ("rounds", "scaling", "backtracking", "theorems", "reward_models")
+FIELDS = ("rounds", "scaling", "stopping", "backtracking", "theorems", "reward_models")
 SHARES = {
     "accuracy": "pass@1",
     "search_accuracy": "with search",
@@ -48,7 +52,12 @@ GROUPED = {  # field -> (title, what comes before a category's name)
     "coverage_by_level": ("coverage by level", "level "),
     "by_level": ("pass@1 by level", "level "),
     "by_subject": ("pass@1 by subject", ""),
-    "by_set": ("with search, by problem set", ""),
+    "by_set": ("pass@1 by problem set", ""),
+    "search_by_set": ("with search, by problem set", ""),
+}
+TOKENS = {  # field -> title of a table of plain numbers
+    "tokens_by_set": "mean tokens of a sampled trajectory, by problem set",
+    "search_tokens_by_set": "mean tokens of a search, by problem set",
 }
 SHOWN_EXAMPLES = 6
 Share = Mapping[str, Any] | float | None
@@ -75,14 +84,34 @@ def headline(found: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     by_level = {name: as_cell(share) for name, share in (last.get("by_level") or {}).items()}
     by_subject = {name: as_cell(share) for name, share in (last.get("by_subject") or {}).items()}
-    return as_cell(last["accuracy"]) | {"by_level": by_level, "by_subject": by_subject}
+    return round_cell(last, "accuracy") | {"by_level": by_level, "by_subject": by_subject}
+
+
+def round_fields(name: str, share: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A share as a round has it: a plain number, its n and interval beside it; nulls for None."""
+    read = share or {"accuracy": None, "n": None, "ci": None}
+    return {name: read["accuracy"], count_of(name): read["n"], f"{name}_ci": read["ci"]}
+
+
+def count_of(name: str) -> str:
+    """The field with the problems that a round's share is of."""
+    return "n" if name == "accuracy" else f"{name}_n"
+
+
+def round_cell(found: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """`round_fields` read back, as {"accuracy", "n", "ci"}; None where there is none."""
+    cell = as_cell(found.get(name))
+    if cell and found.get(f"{name}_ci"):
+        cell |= {"n": found.get(count_of(name)), "ci": found[f"{name}_ci"]}
+    return cell
 
 
 def sections(record: Mapping[str, Any], pictures: Callable[..., str]) -> dict[str, str]:
     """Section title -> HTML, for the fields that `record` (report.json) has."""
     writers = {
         "rounds": ("Rounds of self-evolution", rounds_section),
-        "scaling": ("Test-time scaling", scaling_section),
+        "scaling": ("Test-time scaling", answers.scaling_section),
+        "stopping": ("What early stops save", answers.stopping_section),
         "reward_models": ("Policy and reward model", reward_models_section),
         "backtracking": ("Backtracking", backtracking_section),
         "theorems": ("Steps that apply a theorem", theorems_section),
@@ -126,14 +155,18 @@ def rounds_section(rounds: Sequence[Mapping[str, Any]], pictures: Callable[..., 
     names = [round_name(found) for found in rounds]
     known = [name for name in SHARES if any(value(found.get(name)) is not None for found in rounds)]
     rows = [
-        [escape(SHARES[name]), *(_words(found.get(name)) for found in rounds)] for name in known
+        [escape(SHARES[name]), *(_words(round_cell(found, name)) for found in rounds)]
+        for name in known
     ]
+    beside = {"round", *SHARES, *map(count_of, SHARES), *(f"{name}_ci" for name in SHARES)}
     plain = {
         name: None
         for found in rounds
         for name, content in found.items()
-        if name != "round" and name not in SHARES and not isinstance(content, Mapping | list)
+        if name not in beside and not isinstance(content, Mapping | list)
     }
+    filled = lambda name: any(found.get(name) is not None for found in rounds)
+    plain = {name: None for name in plain if name not in GROUPED | TOKENS and filled(name)}
     for name in plain:
         cells = (found.get(name) for found in rounds)
         rows.append([escape(name.replace("_", " ")), *(_plain(cell) for cell in cells)])
@@ -150,7 +183,21 @@ def rounds_section(rounds: Sequence[Mapping[str, Any]], pictures: Callable[..., 
                 pictures(f"rounds_{field}", plots.accuracy_bars, tables, title, prefix=before)
             )
             text += _grouped_table(title, tables)
+    for field, title in TOKENS.items():
+        text += _tokens_table(title, {round_name(found): found.get(field) for found in rounds})
     return f"{text}<div class=grid>{''.join(drawn)}</div>"
+
+
+def _tokens_table(title: str, rows: Mapping[str, Mapping[str, float] | None]) -> str:
+    known = {name: found for name, found in rows.items() if found}
+    if not known:
+        return ""
+    sets = list(dict.fromkeys(label for found in known.values() for label in found))
+    body = [
+        [escape(name), *(f"{found[one]:,.0f}" if one in found else "–" for one in sets)]
+        for name, found in known.items()
+    ]
+    return f"<h3>{escape(title)}</h3>{table(['', *map(escape, sets)], body)}"
 
 
 def _plain(cell: Any) -> str:
@@ -163,7 +210,7 @@ def _plain(cell: Any) -> str:
 
 def _points(rounds: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, ...]]:
     """(round, share, low, high) of the rounds that know it."""
-    cells = [(found["round"], as_cell(found.get(name))) for found in rounds]
+    cells = [(found["round"], round_cell(found, name)) for found in rounds]
     return [(number, cell["accuracy"], *cell["ci"]) for number, cell in cells if cell]
 
 
@@ -188,40 +235,6 @@ def _grouped_table(title: str, tables: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     head = ["", *(escape(category) for category in categories)]
     return f"<h3>{escape(title)}</h3>{table(head, rows)}"
-
-
-def scaling_section(
-    scaling: Mapping[str, Sequence[Mapping[str, Any]]], pictures: Callable[..., str]
-) -> str:
-    """Accuracy against trajectories and against tokens, a line a method (figure 3)."""
-    drawn, rows = [], []
-    for axis, words in (("trajectories", "trajectories"), ("tokens", "tokens a problem")):
-        lines = {
-            method: sorted(
-                (float(point[axis]), point["accuracy"], *point.get("ci", [point["accuracy"]] * 2))
-                for point in points
-                if point.get(axis)
-            )
-            for method, points in scaling.items()
-        }
-        lines = {method: points for method, points in lines.items() if points}
-        if lines:
-            title = f"accuracy by {words}"
-            drawn.append(pictures(f"scaling_{axis}", plots.shares, lines, title, words, log=True))
-    for method, points in scaling.items():
-        for point in points:
-            number, tokens = point.get("trajectories"), point.get("tokens")
-            rows.append(
-                [
-                    escape(method),
-                    "–" if number is None else f"{number:g}",
-                    "–" if tokens is None else f"{tokens:,.0f}",
-                    _words(point),
-                ]
-            )
-    head = ["method", "trajectories", "tokens a problem", "accuracy"]
-    shown = f"<details><summary>numbers</summary>{table(head, rows)}</details>"
-    return f"<div class=grid>{''.join(drawn)}</div>{shown}"
 
 
 def reward_models_section(

@@ -97,25 +97,28 @@ def summarise(
     decodings = {name: found for name, found in decodings.items() if found}
     if headline not in decodings:
         headline = next(iter(decodings))
-    result = _table(_main_set(decodings[headline]))
+    result = _table(main_set(decodings[headline]))
     result["decoding"] = headline
     for name, found in decodings.items():
-        result[name] = _table(_main_set(found))
+        result[name] = _table(main_set(found))
         result[name]["by_set"] = {
             label: _table(group)
             for label, group in _grouped(found, lambda row: row["extra"]["set"]).items()
         }
         result[name]["by_picture"] = by(
-            _main_set(found), lambda row: "with a picture" if row["images"] else "text only"
+            main_set(found), lambda row: "with a picture" if row["images"] else "text only"
         )
     result["by_set"] = result[headline]["by_set"]
     if "sampled" in decodings:
-        result["sampled"] |= _sample_metrics(_main_set(decodings["sampled"]), k, same)
+        result["sampled"] |= _sample_metrics(main_set(decodings["sampled"]), k, same)
     return result
 
 
-def _main_set(rows: list[Row]) -> list[Row]:
-    seen = [row for row in rows if row["extra"]["set"] != "tiny:unseen"]
+def main_set(
+    rows: list[Any], set_of: Callable[[Any], str] = lambda row: row["extra"]["set"]
+) -> list[Any]:
+    """Without the embedded problems of unseen templates, where there are others."""
+    seen = [row for row in rows if set_of(row) != "tiny:unseen"]
     return seen or rows
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from smallmath_jax.records import read_parts, to_json, write_text
-from smallmath_jax.report import evolution, plots, samples
+from smallmath_jax.report import answers, evolution, plots, samples
 from smallmath_jax.report.markup import document, escape, figure, percent, table
 
 Row = dict[str, Any]
@@ -182,6 +182,7 @@ def page(
     if results:
         sections["Accuracy"] = accuracy_section(results, pictures)
         sections["Where the right answers are"] = pies_section(results, pictures)
+    sections |= answers.sections(results, pictures)
     sections |= evolution.sections(record, pictures)
     for stage, rows in training.items():
         name = "SFT cold start" if stage == "sft" else f"Training ({task.get('task', 'run')})"
@@ -324,7 +325,7 @@ def overall_table(results: dict[str, dict[str, Any]]) -> str:
     """Every evaluation, decoding and problem set; pass@k and maj@k in a table of their own."""
     rows, chances = [], []
     for name, result in results.items():
-        for decoding in ("sampled", "greedy"):
+        for decoding in ("sampled", "greedy", "search"):
             found = result.get(decoding)
             if not found:
                 continue

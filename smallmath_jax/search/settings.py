@@ -33,8 +33,9 @@ class SearchSettings:
     prior: weight of the policy's own probability in the bound (PUCT); 0 as published.
     choose: the answer a search settles on: the answer node of highest Q ("value", the public code), or by "votes".
     stop: "rollouts" takes all; "decided" ends when the rest cannot change the choice; "confident" ends when the leading
-        answer stays ahead with probability `confidence` (a Beta posterior over the two leading answers). For annotation
-        the default must be "rollouts": Q-values want every visit.
+        answer stays ahead with probability `confidence` (a Beta posterior over the two leading answers). Both count
+        votes, so in evaluation they need choose="votes": by value a later answer may always score higher. For
+        annotation the default must be "rollouts": Q-values want every visit.
     """
 
     rollouts: int = 16
@@ -53,6 +54,7 @@ class SearchSettings:
     choose: str = "value"
     stop: str = "rollouts"
     confidence: float = 0.95
+    widen: bool = False
     output_characters: int = 1024  # of a program's output that the policy is shown
     compat: str = ""
     seed: int = 0
@@ -78,6 +80,11 @@ class SearchSettings:
             raise ValueError(f"search.score_visits={self.score_visits}: must be 0 or 1")
         if self.stop == "confident" and self.choose != "votes":
             raise ValueError("search.stop='confident' counts votes: set search.choose='votes' too")
+        if self.stop == "decided" and self.choose == "value" and not self.use_gold:
+            raise ValueError(
+                "search.stop='decided' ends by value where an answer is known to be right; a preference model's score "
+                "stays below 1, so it would never end a search: set search.choose='votes' too"
+            )
         if not 0.5 < self.confidence < 1:
             raise ValueError(f"search.confidence={self.confidence}: must lie between 0.5 and 1")
         if self.compat:
@@ -102,6 +109,7 @@ RSTAR = {
     "prior": 0.0,
     "choose": "value",
     "stop": "rollouts",
+    "widen": False,
     "output_characters": 1024,
 }
 

@@ -35,29 +35,69 @@ class Tally(NamedTuple):
     ballots: tuple[Ballot, ...]
 
 
-# Weights of one ballot. "weighted" maps a score from [-1, 1] to [0, 1]: with the raw score of the public code
-# ("weighted_raw") an answer of negative score loses by every further vote it gets.
-WEIGHTS: dict[str, Callable[[Ballot], float]] = {
-    "majority": lambda ballot: 1.0,
-    "weighted": lambda ballot: (1.0 + ballot.score) / 2.0,
-    "weighted_raw": lambda ballot: ballot.score,
-    "likelihood": lambda ballot: math.exp(ballot.log_prob / max(ballot.tokens, 1)),
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How a reward model is read: score = tanh(raw / squash); a vote of that score weighs exp(log_weight(score))."""
+
+    squash: float
+    log_weight: Callable[[float], float]
+
+
+def _raw(squash: float) -> Callable[[float], float]:
+    """score -> raw = squash * atanh(score), cut off where tanh is flat."""
+    return lambda score: squash * math.atanh(max(-0.999, min(0.999, score)))
+
+
+# By loss. A log odds weighs as odds: the raw value of a PPM (Bradley-Terry; its public code reads it as tanh(raw / 5))
+# and of an ORM (a logit, read as 2 sigmoid - 1); a PPM compared after its tanh has the score itself as log odds. A PQM
+# gives a mean outcome in [-1, 1] and no log odds: (1 + score) / 2, the chance of a right answer, is its weight.
+SCALES = {
+    "ppm": Scale(5.0, _raw(5.0)),
+    "ppm_tanh": Scale(1.0, lambda score: score),
+    "orm": Scale(2.0, _raw(2.0)),
+    "pqm": Scale(1.0, lambda score: math.log(max((1.0 + score) / 2.0, 1e-4))),
 }
-RULES = (*WEIGHTS, "best")
 
 
-def vote(ballots: Sequence[Ballot], equal: Equal, rule: str = "majority") -> list[Tally]:
+def scale_of(loss: str, tanh_in_loss: bool = False) -> Scale:
+    """The scale of a reward model by what it was trained with (fields of config.ppm)."""
+    return SCALES["ppm_tanh" if loss == "ppm" and tanh_in_loss else loss]
+
+
+# (ballot, scale) -> log weight of one vote, or value of which the highest wins.
+WEIGHTS: dict[str, Callable[[Ballot, Scale], float]] = {
+    "majority": lambda ballot, scale: 0.0,
+    "weighted": lambda ballot, scale: scale.log_weight(ballot.score),
+    "posterior": lambda ballot, scale: scale.log_weight(ballot.score) + ballot.log_prob,
+}
+BESTS: dict[str, Callable[[Ballot, Scale], float]] = {
+    "best": lambda ballot, scale: ballot.score,
+    "likeliest": lambda ballot, scale: ballot.log_prob,
+    "best_posterior": lambda ballot, scale: scale.log_weight(ballot.score) + ballot.log_prob,
+}
+RULES = (*WEIGHTS, *BESTS)
+
+
+def vote(
+    ballots: Sequence[Ballot], equal: Equal, rule: str = "majority", scale: Scale = SCALES["ppm"]
+) -> list[Tally]:
     """Groups of equal answers, the winner first.
 
-    majority counts; weighted sums PPM scores; likelihood sums the policy's probability a token; best takes the highest
-    PPM score. Ties: the higher sum of scores, then the earlier ballot. Raises ValueError for another rule.
+    majority counts. weighted sums the reward model's odds: for samples, which come as often as the policy is likely to
+    write them. posterior sums odds times the policy's probability: for leaves of a search, which are distinct. best,
+    likeliest and best_posterior take one ballot: of highest score, probability, or both. A sum's weights are relative
+    to the heaviest ballot's. Ties: the higher sum of scores, then the earlier ballot. Raises ValueError for another
+    rule.
     """
     if rule not in RULES:
         raise ValueError(f"no vote {rule!r}; known: {', '.join(RULES)}")
+    value = WEIGHTS.get(rule) or BESTS[rule]
+    highest = max((value(ballot, scale) for ballot in ballots), default=0.0)
     tallies = []
     for group in group_answers(ballots, equal):
+        values = [value(ballot, scale) for ballot in group]
+        weight = sum(math.exp(one - highest) for one in values) if rule in WEIGHTS else max(values)
         best = max(group, key=lambda ballot: ballot.score)
-        weight = best.score if rule == "best" else sum(map(WEIGHTS[rule], group))
         tallies.append(Tally(best.answer, weight, len(group), tuple(group)))
     scores = lambda tally: sum(ballot.score for ballot in tally.ballots)
     return sorted(tallies, key=lambda tally: (-tally.weight, -scores(tally)))
@@ -89,12 +129,9 @@ def pairwise_votes(
     return votes
 
 
-def published_vote(
-    ballots: Sequence[Ballot], equal: Equal, top_k: int = TEST_TOP_K, rule: str = "majority"
-) -> list[Tally]:
+def published_vote(ballots: Sequence[Ballot], equal: Equal, top_k: int = TEST_TOP_K) -> list[Tally]:
     """The published test protocol: of one ballot a search, the top k by PPM score vote."""
-    best = sorted(ballots, key=lambda ballot: -ballot.score)[:top_k]
-    return vote(best, equal, rule)
+    return vote(sorted(ballots, key=lambda ballot: -ballot.score)[:top_k], equal)
 
 
 # ---- ballots of trees
@@ -162,12 +199,20 @@ def stop_reason(live: LiveTree, settings: SearchSettings, equal: Equal) -> str:
         return ""
     if settings.choose == "value":
         return "decided" if max(map(q_value, answers)) >= 1.0 else ""
-    counts = [tally.count for tally in vote(_live_ballots(answers), equal)] + [0]
-    remaining = settings.rollouts - live.rollouts
-    if counts[0] - counts[1] > remaining * settings.answers_kept:
+    first, second = [*(tally.count for tally in vote(_live_ballots(answers), equal)), 0][:2]
+    left = (settings.rollouts - live.rollouts) * settings.answers_kept
+    return early_stop(first, second, left, settings.stop, settings.confidence)
+
+
+def early_stop(first: int, second: int, left: int, stop: str, confidence: float = 0.95) -> str:
+    """Why a vote may end, or "": `first` votes for the leader, `second` for the next, at most `left` still to come.
+
+    stop: "decided", or "confident", which ends at either.
+    """
+    if first - second > left:
         return "decided"
-    sure = lead_probability(counts[0], counts[1]) >= settings.confidence
-    return "confident" if settings.stop == "confident" and sure else ""
+    sure = first > 0 and lead_probability(first, second) >= confidence
+    return "confident" if stop == "confident" and sure else ""
 
 
 def lead_probability(first: int, second: int) -> float:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from smallmath_jax.data.images import image_links
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Completion, Problem, Prompt, Sampling, draw_key, read_parts
 from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.search import steps
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import LiveNode
+from smallmath_jax.tasks.completions import image_links
 from smallmath_jax.tasks.driver import Driver, Meter, Place
 from smallmath_jax.tasks.policy import with_pixels
 from smallmath_jax.tasks.search import Parts
@@ -106,11 +106,11 @@ def sample_all(
     samples: int,
     seed: int,
     stop: StopSignal,
-    in_flight: int,
     max_tokens: int,
     title: str,
+    greedy: bool = True,
 ) -> bool:
-    """One greedy and `samples` sampled trajectories of every problem, graded, scored where there is a judge.
+    """A greedy and `samples` sampled trajectories of every problem, graded, scored where there is a judge.
 
     They go into parts of `folder`, one row of completions each; problems that are there are not done again. Returns
     False when `stop` cut it short.
@@ -119,9 +119,10 @@ def sample_all(
     mine = [pair for pair in hosts.share(list(pairs)) if pair[0].id not in done]
     if not mine:
         return True
-    asked = [(GREEDY, 0, Sampling(temperature=0.0))]
+    asked = [(GREEDY, 0, Sampling(temperature=0.0))] if greedy else []
     asked += [(SAMPLED, n, driver.sampling) for n in range(samples)]
     jobs = (_job(driver, problem, prompt, asked, seed, max_tokens) for problem, prompt in mine)
+    in_flight = max(1, 2 * driver.engine.slots // max(len(asked), 1)) + 1
     bar = Progress(len(mine), title, quiet=hosts.host_index() != 0)
     with Parts(folder) as writer:
         meter, counts = Meter(driver.engine), {"right": 0, "rows": 0}

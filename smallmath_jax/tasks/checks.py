@@ -14,13 +14,14 @@ OPTIMIZER_FIELDS = {"name": tuple(OPTIMIZERS), "schedule": SCHEDULES}
 CHOICES: Mapping[str, Sequence[str]] = {
     "compute_dtype": ("float32", "bfloat16", "float16"),
     "remat": tuple(REMAT),
-    "prompt.grammar": tuple(GRAMMARS),
+    "prompt.grammar": (*GRAMMARS, "auto"),
     "grpo.denominator": DENOMINATORS,
     "grpo.advantage_scale": SCALES,
     "reward.preset": rewards.PRESETS,
     "reward.curve": rewards.CURVES,
     "reward.truncated": rewards.TRUNCATED,
     "eval.headline": ("greedy", "sampled"),
+    "eval.method": ("sample", "chains", "mcts", "beam"),
     **{
         f"{stage}.optimizer.{field}": known
         for stage in ("sft", "grpo", "ppm")
@@ -49,6 +50,9 @@ AT_LEAST_ONE = (
     "grpo.microbatch_rows",
     "grpo.sampling.max_tokens",
     "eval.sampling.max_tokens",
+    "eval.searches",
+    "eval.top_k",
+    "eval.beam_width",
     "reward.target_length",
 )
 ABOVE_ZERO = tuple(
@@ -68,6 +72,7 @@ def check(config: Any) -> None:
         _patches(config),
         *_updates(config),
         *_evaluation(config),
+        *_search(config),
     ]
     wrong = [line for line in wrong if line]
     if wrong:
@@ -149,6 +154,44 @@ def _evaluation(config: Any) -> list[str]:
         lines.append(
             f"config.eval.k is {sizes}, and pass@k needs 1 <= k <= eval.samples = {samples}; raise eval.samples or "
             "lower k"
+        )
+    return lines
+
+
+def _search(config: Any) -> list[str]:
+    """Test-time search needs steps to search over and something to choose by; a search for training needs answers."""
+    method, gold = get(config, "eval.method"), get(config, "search.use_gold")
+    if get(config, "task") == "search" and not gold:
+        return [
+            "config.search.use_gold is False: what this task searches is to be learnt from, and that takes graded "
+            "answers; to measure, run configs/evaluate.py with eval.method=mcts"
+        ]
+    if method in (None, "sample"):
+        return []
+    lines = []
+    if get(config, "prompt.grammar") != "code_steps":
+        lines.append(
+            f"config.eval.method={method!r} searches over code steps: set prompt.grammar=code_steps, or take a mode "
+            "with -steps behind it (configs/evaluate.py:math7b-steps), which sets lengths too"
+        )
+    if gold:
+        lines.append("config.search.use_gold is True: an evaluation must not see the gold answers")
+    judge, guidance = get(config, "judge"), get(config, "search.guidance")
+    if method != "chains" and guidance == "ppm" and not judge:
+        lines.append(
+            f"config.eval.method={method!r} with search.guidance='ppm' needs config.judge, the workdir of a run of "
+            "configs/ppm.py"
+            + (
+                "; without one: search.guidance=terminal and search.choose=votes"
+                * (method == "mcts")
+            )
+        )
+    if method == "beam" and guidance != "ppm":
+        lines.append(f"config.eval.method='beam' needs search.guidance='ppm', got {guidance!r}")
+    if method == "mcts" and not judge and guidance != "ppm" and config.search.choose == "value":
+        lines.append(
+            "config.search.choose='value' needs config.judge: without a reward model all answers have the same value; "
+            "set search.choose=votes"
         )
     return lines
 

@@ -20,6 +20,7 @@ from smallmath_jax.records import Problem, Prompt, Sampling
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.steps import Candidate
+from smallmath_jax.search.vote import Scale
 from smallmath_jax.tasks.policy import Policy
 from smallmath_jax.verify.answers import compare
 from smallmath_jax.verify.grader import Grader
@@ -39,10 +40,10 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A preference model to score with: tanh(value / squash) of the last token of a path."""
+    """A preference model to score with: tanh(value / scale.squash) of the last token of a path."""
 
     engine: Engine
-    squash: float
+    scale: Scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +262,7 @@ class Driver:
         return True
 
     def _answer(self, asked: list[tuple[list[Place], asyncio.Future]]) -> None:
-        engine, squash = self.judge.engine, self.judge.squash
+        engine, squash = self.judge.engine, self.judge.scale.squash
         fits = [
             place for places, _ in asked for place in places if place.length <= engine.cache_length
         ]

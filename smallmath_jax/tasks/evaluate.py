@@ -1,6 +1,5 @@
 """Evaluation: sample answers, grade them, keep every generation, and report by level and subject."""
 
-import contextlib
 import dataclasses
 import functools
 import sys
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from smallmath_jax.data.images import image_links
 from smallmath_jax.data.tokens import decode
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import (
@@ -27,16 +25,11 @@ from smallmath_jax.records import (
 )
 from smallmath_jax.report import metrics, pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
-from smallmath_jax.tasks import chains, identity, runs
-from smallmath_jax.tasks.driver import Driver, Host, open_host, same_answer
-from smallmath_jax.tasks.policy import (
-    Policy,
-    load_policy,
-    make_mesh,
-    prompts_for,
-    settle_grammar,
-    with_pixels,
-)
+from smallmath_jax.tasks import identity, runs, searched
+from smallmath_jax.tasks.checks import check
+from smallmath_jax.tasks.completions import completion_row
+from smallmath_jax.tasks.driver import open_host, same_answer
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
 from smallmath_jax.tasks.sources import load_sources
 from smallmath_jax.train.loop import Progress, StopSignal
@@ -47,27 +40,43 @@ PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
 
 def run(config: Any, workdir: str) -> None:
     """Evaluates one policy and writes WORKDIR/report."""
-    settle_grammar(config)
-    with contextlib.ExitStack() as stack:
-        by_steps = config.prompt.grammar == "code_steps"
-        host = stack.enter_context(open_host(config.sandbox.to_dict())) if by_steps else None
-        this_run = stack.enter_context(runs.open_run(config, workdir))
+    check(config)
+    if config.eval.method == "sample" and config.prompt.grammar != "code_steps":
+        _run_plain(config, workdir)
+        return
+    with (
+        open_host(config.sandbox.to_dict()) as host,
+        runs.open_run(config, workdir) as this_run,
+        StopSignal() as stop,
+    ):
+        problems = load_evaluation_problems(config)
+        check_compared(config.compare)
+        result = searched.evaluate(config, problems, this_run, host, stop)
+        _tell(config, this_run, result)
+
+
+def _tell(config: Any, this_run: runs.Run, result: dict[str, Any]) -> None:
+    pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
+    runs.say(
+        f"accuracy {result['accuracy']:.1%} of {result['n']} ({result['decoding']}); report: "
+        f"{this_run.workdir}/report/index.html"
+    )
+
+
+def _run_plain(config: Any, workdir: str) -> None:
+    """Whole answers in one go, nothing run."""
+    with runs.open_run(config, workdir) as this_run:
         mesh = make_mesh(config)
         problems = load_evaluation_problems(config)
         check_compared(config.compare)
         source = identity.source_of(config)
         policy = load_policy(config, mesh)
         engine = make_engine(policy, config)
-        stop = stack.enter_context(StopSignal())
-        asked = (policy, engine, problems, config, this_run.workdir)
-        if host is None:
-            result = evaluate(*asked, stop=stop, source=source)
-        else:
-            result = evaluate_steps(*asked, host=host, stop=stop, source=source)
-        pages.write_report(this_run.workdir, compare=list(config.compare), wall_s=this_run.wall_s())
-        runs.say(
-            f"accuracy {result['accuracy']:.1%} of {result['n']}; report: {workdir}/report/index.html"
-        )
+        with StopSignal() as stop:
+            result = evaluate(
+                policy, engine, problems, config, this_run.workdir, stop=stop, source=source
+            )
+        _tell(config, this_run, result)
 
 
 def check_compared(workdirs: Iterable[str]) -> None:
@@ -157,48 +166,6 @@ def evaluate(
     return _summary(folder, config, dropped)
 
 
-def evaluate_steps(
-    policy: Policy,
-    engine: Engine,
-    problems: list[Problem],
-    config: Any,
-    folder: str | epath.Path,
-    *,
-    host: Host,
-    stop: StopSignal,
-    source: str,
-) -> dict[str, Any]:
-    """`evaluate` of a policy that writes code steps: its programs are run, what they print stands in its text."""
-    folder = epath.Path(folder)
-    kept, prompts, dropped = prompts_for(problems, policy, config)
-    identity.keep_or_drop(folder, identity.identity_of(engine, kept, prompts, config, source))
-    samples, sampling = config.eval.samples, config.eval.sampling
-    driver = Driver(
-        policy,
-        engine,
-        host,
-        grammar=config.prompt.grammar,
-        sampling=sampling_of(sampling),
-        max_tokens=sampling.max_tokens,
-    )
-    whole = chains.sample_all(
-        driver,
-        list(zip(kept, prompts, strict=True)),
-        folder / "completions",
-        samples=samples,
-        seed=config.seed,
-        stop=stop,
-        in_flight=2 * engine.slots // (samples + 1) + 1,
-        max_tokens=sampling.max_tokens,
-        title=f"evaluate {folder.name}",
-    )
-    if not whole:
-        runs.say("evaluation stopped, what is done is kept; the same command continues")
-        sys.exit(stop.exit_code)
-    hosts.barrier(f"evaluate {folder.name}")
-    return _summary(folder, config, dropped)
-
-
 def _summary(folder: epath.Path, config: Any, dropped: dict[str, int]) -> dict[str, Any]:
     rows = list(read_parts(folder / "completions"))
     if not rows:
@@ -268,38 +235,3 @@ def _grade(
             completion_row(problem, prompt, rollout, sample, text, strict, step, extra=extra)
         )
     return rows
-
-
-def completion_row(
-    problem: Problem,
-    prompt: Prompt,
-    rollout: Rollout,
-    sample: int,
-    text: str,
-    graded: Any,
-    step: int,
-    rewards: dict[str, float] | None = None,
-    extra: dict[str, Any] | None = None,
-) -> Completion:
-    """A line of completions/*.jsonl: all that is needed to see, re-grade or re-weigh the sample."""
-    several = {"accepted": problem.accepted} if len(problem.accepted) > 1 else {}
-    return Completion(
-        problem_id=problem.id,
-        sample=sample,
-        prompt=prompt.text,
-        text=prompt.prefix + text,
-        token_ids=[int(token) for token in rollout.token_ids],
-        logprobs=[round(float(value), 5) for value in rollout.log_probs],
-        stop_reason=rollout.stop_reason,
-        answer=graded.extracted,
-        gold=problem.answer,
-        verdict=graded.verdict,
-        rewards=rewards or {},
-        policy_version=rollout.version,
-        step=step,
-        level=problem.level,
-        subject=problem.subject,
-        template=problem.template,
-        images=image_links(problem.images, sample),
-        extra=(extra or {}) | several,
-    )

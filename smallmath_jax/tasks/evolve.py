@@ -22,10 +22,10 @@ from smallmath_jax.data.tiny_noise import noisy_solution
 from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, draw_key, read_parts, to_json, write_text
-from smallmath_jax.report import pages
+from smallmath_jax.report import evolution, pages
 from smallmath_jax.tasks import (
+    ballots,
     evaluate,
-    evolve_measures,
     evolve_rivals,
     evolve_trees,
     export,
@@ -290,10 +290,13 @@ def write_evolution(bench: Bench, last: int) -> None:
     if hosts.host_index() != 0:
         return
     root = bench.root
-    record: dict[str, Any] = {"rounds": [round_row(bench, number) for number in range(last + 1)]}
+    rows = [round_row(bench, number) for number in range(last + 1)]
+    fields = dict.fromkeys(name for row in reversed(rows) for name in row)
+    record: dict[str, Any] = {
+        "rounds": [{name: row.get(name) for name in fields} for row in rows]  # null: has none
+    }
     found = manifest(bench.round_folder(last) / "evaluate")
-    if "scaling" in found:
-        record["scaling"] = found["scaling"]
+    record |= {name: found[name] for name in ("scaling", "stopping") if name in found}
     record["reward_models"] = {
         ("base" if number == 0 else f"round {number}"): reward_row(bench, number)
         for number in range(last + 1)
@@ -307,16 +310,20 @@ def round_row(bench: Bench, number: int) -> dict[str, Any]:
     config, folder = bench.config, bench.round_folder(number)
     found = manifest(folder / "evaluate")
     count = config.eval.samples
-    row: dict[str, Any] = {"round": number, "accuracy": found[config.eval.headline]}
+    row: dict[str, Any] = {"round": number}
+    row |= evolution.round_fields("accuracy", found[config.eval.headline])
     row |= {"greedy": found["greedy"]["accuracy"], "sampled": found["sampled"]["accuracy"]}
     row |= {f"{name} ({count})": one["accuracy"] for name, one in found["at_n"].items()}
     row[f"coverage ({count})"] = found["coverage"]["accuracy"]
     row |= {"by_level": found["by_level"], "by_subject": found["by_subject"]}
+    row |= by_set(found["by_set"], config.eval.headline)
+    row |= evolution.round_fields("search_accuracy", found.get("search_accuracy"))
+    row |= evolution.round_fields("solved", None) | {"coverage_by_level": None}
     if number == 0:
         return row
-    for name in ("search_accuracy", "search_choice", "search_majority", "search_coverage"):
+    for name in ("search_choice", "search_majority", "search_coverage"):
         if name in found:
-            row[name] = found[name] if name == "search_accuracy" else found[name]["accuracy"]
+            row[name] = found[name]["accuracy"]
     row["tokens_a_search"] = found.get("search_tokens")
     chosen, searched = manifest(folder / "select"), manifest(folder / "search")
     row |= coverage_so_far(bench, number)
@@ -347,6 +354,17 @@ def round_row(bench: Bench, number: int) -> dict[str, Any]:
     return row
 
 
+def by_set(sets: dict[str, dict[str, Any]], headline: str) -> dict[str, Any]:
+    """A round's fields by problem set: pass@1, search accuracy, tokens of a trajectory and of a search."""
+    read = lambda name: {label: found[name] for label, found in sets.items() if name in found}
+    return {
+        "by_set": read(headline),
+        "search_by_set": read("search_accuracy") or None,
+        "tokens_by_set": read("tokens"),
+        "search_tokens_by_set": read("search_tokens") or None,
+    }
+
+
 def coverage_so_far(bench: Bench, number: int) -> dict[str, Any]:
     """Training problems with a right trajectory in any round so far: their share, and by source level."""
     solved, levels = set(), {}
@@ -355,11 +373,9 @@ def coverage_so_far(bench: Bench, number: int) -> dict[str, Any]:
         for row in read_parts(bench.round_folder(k) / "search" / "trees"):
             levels[row["problem_id"]] = "unknown" if row["level"] is None else str(row["level"])
     asked, right = Counter(levels.values()), Counter(levels[name] for name in solved)
-    by_level = {level: evolve_measures.share(right[level], asked[level]) for level in sorted(asked)}
-    return {
-        "solved": evolve_measures.share(len(solved), len(levels)),
-        "coverage_by_level": by_level,
-    }
+    by_level = {level: ballots.share(right[level], asked[level]) for level in sorted(asked)}
+    share = ballots.share(len(solved), len(levels))
+    return evolution.round_fields("solved", share) | {"coverage_by_level": by_level}
 
 
 def reward_row(bench: Bench, number: int) -> dict[str, Any]:
@@ -367,11 +383,11 @@ def reward_row(bench: Bench, number: int) -> dict[str, Any]:
     found = manifest(bench.round_folder(number) / "evaluate")
     row = {"pass@1": found["sampled"]}
     names = {
-        evolve_measures.MAJORITY: "majority",
-        evolve_measures.LIKELY: "+ log-probability",
-        evolve_measures.BEST: f"+ {bench.config.ppm.loss.upper()}",
-        evolve_measures.BOTH: f"+ {bench.config.ppm.loss.upper()} and log-probability",
-        evolve_measures.WEIGHTED: f"+ {bench.config.ppm.loss.upper()}-weighted vote",
+        ballots.MAJORITY: "majority",
+        ballots.LIKELY: "+ log-probability",
+        ballots.BEST: f"+ {bench.config.ppm.loss.upper()}",
+        ballots.BOTH: f"+ {bench.config.ppm.loss.upper()} and log-probability",
+        ballots.WEIGHTED: f"+ {bench.config.ppm.loss.upper()}-weighted vote",
     }
     row |= {names[name]: one for name, one in found["at_n"].items()}
     return row | evolve_rivals.row(bench, number)

@@ -1,156 +1,133 @@
-"""What a round of self-evolution is measured by: pass@1, votes, best-of-N, search, and accuracy against cost.
+"""What an evaluation by steps is measured by: pass@1, votes, best-of-N, search, and accuracy against cost.
 
-All numbers are of held-out problems. Trajectories without search come from `chains`, with search from trees that never
-saw a gold answer; their answers are graded here, afterwards.
+All numbers are of held-out problems. Trajectories without search are rows of `chains`; trees were searched without a
+gold answer, and what counts of them, once graded, is a `Searched`.
 """
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from smallmath_jax.records import Tree
-from smallmath_jax.report.metrics import accuracy, by, wilson
-from smallmath_jax.search.vote import Ballot, leaf_ballots, vote
+from smallmath_jax.records import Node, Problem, Tree
+from smallmath_jax.report.metrics import accuracy, by
+from smallmath_jax.search.vote import Ballot, Scale, chosen_ballot, leaf_ballots
+from smallmath_jax.tasks.ballots import (
+    BEST,
+    BOTH,
+    COVERAGE,
+    LIKELY,
+    MAJORITY,
+    POSTERIOR,
+    WEIGHTED,
+    Answer,
+    Case,
+    first,
+    mean,
+    measures,
+    scaling,
+    share_of,
+    shares,
+    stopping,
+)
 from smallmath_jax.tasks.chains import GREEDY, SAMPLED
-from smallmath_jax.tasks.driver import same_answer
 
 Row = dict[str, Any]
-WEIGHTED = "PPM-weighted vote"
-MAJORITY, BEST, LIKELY = "majority", "best of N by PPM", "best of N by log-probability"
-BOTH = "best of N by PPM and log-probability"
-POSTERIOR = "vote by PPM odds and probability"  # of answers that were enumerated, not sampled
-COVERAGE = "coverage"
+AT_N = (MAJORITY, LIKELY, BEST, BOTH, WEIGHTED)  # of N samples, or of the answers of N searches
 SEARCH_CHOICE, SEARCH_VOTE = "search, its choice", "search, vote by PPM odds and probability"
+SEARCHES = "complete searches, {name}"
 
 
-def share(right: int, count: int) -> dict[str, Any]:
-    """{"accuracy", "n", "ci"} of a count."""
-    return {"accuracy": right / max(count, 1), "n": count, "ci": list(wilson(right, count))}
+# ---- trajectories without search
 
 
-def best_ballot(ballots: Sequence[Ballot], rule: str) -> str | None:
-    """The answer that wins by a rule of this page; None without ballots.
+def sample_cases(rows: Iterable[Row]) -> list[Case]:
+    """A case of each problem's sampled trajectories; of a problem that a source has twice the first ones count."""
+    groups: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: row["sample"]):
+        if row["extra"]["decoding"] == SAMPLED:
+            groups[row["problem_id"]].setdefault(row["sample"], row)
+    return [_sample_case(name, list(found.values())) for name, found in groups.items()]
 
-    WEIGHTED sums exp(raw) over samples, which come as often as the policy is likely to write them. POSTERIOR sums
-    exp(raw + log p): the leaves of a search are distinct, so their probability must be put in.
+
+def _sample_case(name: str, rows: Sequence[Row]) -> Case:
+    answers = [
+        Answer(_ballot(row), row["verdict"], unit)
+        for unit, row in enumerate(rows)
+        if row["answer"] is not None
+    ]
+    spent = cumulative(row["extra"]["written"] for row in rows)
+    where = {"set": rows[0]["extra"]["set"]}
+    where |= {"level": rows[0]["level"], "subject": rows[0]["subject"]}
+    return Case(name, tuple(answers), spent, len(rows), **where)
+
+
+def _ballot(row: Row) -> Ballot:
+    extra = row["extra"]
+    tokens = max(extra["written"], 1)
+    return Ballot(row["answer"], extra["score"] or 0.0, extra["log_prob"], tokens)
+
+
+def cumulative(values: Iterable[float]) -> tuple[float, ...]:
+    total, sums = 0.0, []
+    for value in values:
+        total += value
+        sums.append(total)
+    return tuple(sums)
+
+
+def chain_measures(rows: Sequence[Row], samples: int, scale: Scale | None) -> dict[str, Any]:
+    """Numbers of trajectories without search: greedy and sampled pass@1, and what N samples amount to together.
+
+    `scale`: of the reward model that scored them; None without one. by_set has the same of each problem set.
     """
-    if not ballots:
-        return None
-    if rule in WEIGHTS:
-        highest = max(map(WEIGHTS[rule], ballots))
-        return _heaviest(ballots, [math.exp(WEIGHTS[rule](one) - highest) for one in ballots])
-    if rule in BESTS:
-        return max(ballots, key=BESTS[rule]).answer
-    return vote(ballots, same_answer, "best" if rule == BEST else "majority")[0].answer
-
-
-def raw_score(ballot: Ballot) -> float:
-    """5 atanh(score): the raw score of a PPM, whose score is tanh(raw / 5), and a log odds (Bradley-Terry).
-
-    The linear weight of the public code's vote hardly tells apart what tanh(raw / 5) has brought near 0.
-    """
-    return 5.0 * math.atanh(max(-0.999, min(0.999, ballot.score)))
-
-
-WEIGHTS: dict[str, Callable[[Ballot], float]] = {
-    WEIGHTED: raw_score,
-    POSTERIOR: lambda ballot: raw_score(ballot) + ballot.log_prob,
-}
-BESTS: dict[str, Callable[[Ballot], float]] = {
-    LIKELY: lambda ballot: ballot.log_prob,
-    BOTH: lambda ballot: raw_score(ballot) + ballot.log_prob,
-}
-
-
-def _heaviest(ballots: Sequence[Ballot], weights: Sequence[float]) -> str:
-    totals: list[list[Any]] = []
-    for ballot, weight in zip(ballots, weights, strict=True):
-        home = next((one for one in totals if same_answer(one[0], ballot.answer)), None)
-        if home is None:
-            totals.append([ballot.answer, weight])
-        else:
-            home[1] += weight
-    return max(totals, key=lambda total: total[1])[0]
-
-
-def chain_measures(rows: Sequence[Row], samples: int) -> dict[str, Any]:
-    """Numbers of trajectories without search: greedy and sampled pass@1, and what N samples amount to together."""
-    greedy = [row for row in rows if row["extra"]["decoding"] == GREEDY]
+    record = _chain_numbers(rows, samples, scale)
     sampled = [row for row in rows if row["extra"]["decoding"] == SAMPLED]
-    groups = _groups(sampled)
-    scored = any(row["extra"]["score"] is not None for row in sampled)
-    rules = [MAJORITY, LIKELY, *((BEST, BOTH, WEIGHTED) if scored else ())]
-    record: dict[str, Any] = {
-        "greedy": accuracy(greedy),
-        "sampled": accuracy(sampled),
-        "by_level": by(sampled, lambda row: row["level"]),
-        "by_subject": by(sampled, lambda row: row["subject"]),
-        "at_n": {rule: pick_share(groups.values(), samples, rule) for rule in rules},
-        COVERAGE: coverage(groups.values(), samples),
-        "executed": _executed(sampled),
+    record["by_level"] = by(sampled, lambda row: row["level"])
+    record["by_subject"] = by(sampled, lambda row: row["subject"])
+    record["by_set"] = {
+        name: _chain_numbers(found, samples, scale)
+        for name, found in grouped(rows, lambda row: row["extra"]["set"]).items()
     }
-    if scored:
-        record["auc"] = within_auc(groups.values())
-        by_likelihood = lambda row: row["extra"]["log_prob"]
-        record["auc_log_prob"] = within_auc(groups.values(), by_likelihood)
+    if scale is not None:
+        cases = [first(case, samples) for case in sample_cases(rows)]
+        record["auc"] = within_auc(cases)
+        record["auc_log_prob"] = within_auc(cases, lambda answer: answer.ballot.log_prob)
     return record
 
 
-def _groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row["sample"]):
-        groups[row["problem_id"]].append(row)
-    return dict(groups)
+def _chain_numbers(rows: Sequence[Row], samples: int, scale: Scale | None) -> dict[str, Any]:
+    """`tokens`: written by the policy, a sampled trajectory."""
+    greedy = [row for row in rows if row["extra"]["decoding"] == GREEDY]
+    sampled = [row for row in rows if row["extra"]["decoding"] == SAMPLED]
+    cases = [first(case, samples) for case in sample_cases(sampled)]
+    return {
+        "greedy": accuracy(greedy),
+        "sampled": accuracy(sampled),
+        "at_n": shares(cases, measures(AT_N, scale)),
+        COVERAGE: shares(cases, measures((COVERAGE,), scale))[COVERAGE],
+        "executed": mean(row["extra"]["status"] == "ok" for row in sampled),
+        "tokens": mean(row["extra"]["written"] for row in sampled),
+    }
 
 
-def _executed(rows: Sequence[Row]) -> float:
-    return sum(row["extra"]["status"] == "ok" for row in rows) / max(len(rows), 1)
-
-
-def ballots_of(rows: Iterable[Row]) -> list[Ballot]:
-    """A ballot of each answered trajectory."""
-    return [
-        Ballot(
-            row["answer"],
-            score=row["extra"]["score"] or 0.0,
-            log_prob=row["extra"]["log_prob"],
-            tokens=max(row["extra"]["written"], 1),
-        )
-        for row in rows
-        if row["answer"] is not None
-    ]
-
-
-def pick_share(groups: Iterable[Sequence[Row]], count: int, rule: str) -> dict[str, Any]:
-    """Share of problems whose winner among the first `count` samples is right."""
-    right = total = 0
-    for rows in groups:
-        rows = rows[:count]
-        winner = best_ballot(ballots_of(rows), rule)
-        verdicts = {row["answer"]: row["verdict"] for row in rows if row["answer"] is not None}
-        right += verdicts.get(winner) == "correct"
-        total += 1
-    return share(right, total)
-
-
-def coverage(groups: Iterable[Sequence[Row]], count: int) -> dict[str, Any]:
-    """Share of problems with a right one among the first `count` samples."""
-    found = [any(row["verdict"] == "correct" for row in rows[:count]) for rows in groups]
-    return share(sum(found), len(found))
+def grouped(items: Iterable[Any], field: Callable[[Any], str]) -> dict[str, list[Any]]:
+    """field(item) -> items, in the order of the fields."""
+    groups: dict[str, list[Any]] = defaultdict(list)
+    for item in items:
+        groups[field(item)].append(item)
+    return dict(sorted(groups.items()))
 
 
 def within_auc(
-    groups: Iterable[Sequence[Row]],
-    score: Callable[[Row], float | None] = lambda row: row["extra"]["score"],
+    cases: Iterable[Case],
+    score: Callable[[Answer], float] = lambda answer: answer.ballot.score,
 ) -> dict[str, Any]:
     """Chance that of two answered samples of one problem, one right and one wrong, the right one scores higher."""
     wins, problems = 0.0, 0
-    for rows in groups:
-        rows = [row for row in rows if row["answer"] is not None]
-        right = [score(row) for row in rows if row["verdict"] == "correct"]
-        wrong = [score(row) for row in rows if row["verdict"] == "wrong"]
+    for case in cases:
+        right = [score(one) for one in case.answers if one.verdict == "correct"]
+        wrong = [score(one) for one in case.answers if one.verdict == "wrong"]
         if right and wrong:
             better = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
             wins += better / (len(right) * len(wrong))
@@ -158,98 +135,144 @@ def within_auc(
     return {"auc": wins / problems if problems else None, "problems": problems}
 
 
-def scaling(rows: Sequence[Row], trees: Sequence[Tree], largest: int) -> dict[str, list[Row]]:
-    """Accuracy against trajectories and tokens a problem: votes and best-of-N of 1, 2, 4 ... samples, and search."""
-    groups = list(_groups(row for row in rows if row["extra"]["decoding"] == SAMPLED).values())
-    scored = any(row["extra"]["score"] is not None for found in groups for row in found)
-    rules = [MAJORITY, LIKELY, *((BEST, BOTH, WEIGHTED) if scored else ()), COVERAGE]
-    curves: dict[str, list[Row]] = {rule: [] for rule in rules}
-    size = 1
-    while size <= largest and groups:
-        written = sum(row["extra"]["written"] for found in groups for row in found[:size])
-        cost = {"trajectories": size, "tokens": written / len(groups)}
-        for rule in rules:
-            found = coverage(groups, size) if rule == COVERAGE else pick_share(groups, size, rule)
-            curves[rule].append(cost | found)
-        size *= 2
-    return curves | search_scaling(trees)
-
-
-def search_scaling(trees: Sequence[Tree]) -> dict[str, list[Row]]:
-    """The same of searches, cut off after 1, 2, 4 ... rollouts: the answer of highest score, and a vote.
-
-    Tokens are those of a tree's whole search in proportion to the nodes it had by then: what a filtered candidate
-    cost is not stored by rollout.
-    """
-    curves: dict[str, list[Row]] = {SEARCH_CHOICE: [], SEARCH_VOTE: []}
-    largest = max((tree.rollouts for tree in trees), default=0)
-    found = [leaves(tree) for tree in trees]
-    size = 1
-    while trees and size < 2 * largest:
-        cut = [[leaf for leaf in one if leaf.rollout < size] for one in found]
-        shares = [_spent(tree, size) for tree in trees]
-        cost = {"trajectories": sum(map(len, cut)) / len(cut), "tokens": sum(shares) / len(cut)}
-        for name, rule in ((SEARCH_CHOICE, BEST), (SEARCH_VOTE, POSTERIOR)):
-            curves[name].append(cost | share(sum(leaf_right(one, rule) for one in cut), len(cut)))
-        size *= 2
-    return {name: points for name, points in curves.items() if points}
+# ---- searches
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
-    """An answer of a tree."""
+class Searched:
+    """What counts of a tree whose answers are graded: all its answers, by rollout, and the one it settled on."""
 
-    ballot: Ballot
-    rollout: int
-    right: bool
-
-
-def leaves(tree: Tree) -> list[Leaf]:
-    """All answers of a tree, in the order they were found."""
-    nodes = {node.tag: node for node in tree.nodes}
-    scores = {tag: node.score or 0.0 for tag, node in nodes.items()}
-    return [
-        Leaf(
-            dataclasses.replace(ballot, score=scores[ballot.tag]),
-            nodes[ballot.tag].rollout,
-            nodes[ballot.tag].verdict == "correct",
-        )
-        for ballot in leaf_ballots(tree)
-    ]
+    leaves: Case
+    chosen: Answer | None
+    seed: int
+    tokens: int  # of the whole search
+    failed: bool
 
 
-def _spent(tree: Tree, rollouts: int) -> float:
-    made = sum(node.rollout < rollouts for node in tree.nodes)
-    return tree.tokens * made / len(tree.nodes)
+def searched(tree: Tree, problem: Problem) -> Searched:
+    """Of a graded tree. Tokens by rollout are the whole search's in proportion to the nodes there were by then.
 
-
-def leaf_right(found: Sequence[Leaf], rule: str) -> bool:
-    """Whether the answer that wins among these is right."""
-    winner = best_ballot([leaf.ballot for leaf in found], rule)
-    return any(leaf.ballot.answer == winner and leaf.right for leaf in found)
-
-
-def search_measures(trees: Sequence[Tree]) -> dict[str, Any]:
-    """Numbers of graded evaluation trees: a vote of each search's answers, its own choice, coverage, tokens.
-
-    `search_accuracy` is of the vote by PPM odds and probability, `search_choice` of the answer of highest Q-value, as
-    the public code chooses.
+    What a filtered candidate cost is not stored by rollout.
     """
-    chosen = sum(_verdict_of(tree, tree.chosen) == "correct" for tree in trees)
-    found = [leaves(tree) for tree in trees]
-    count = max(len(trees), 1)
-    return {
-        "search_accuracy": share(sum(leaf_right(one, POSTERIOR) for one in found), len(trees)),
-        "search_choice": share(chosen, len(trees)),
-        "search_majority": share(sum(leaf_right(one, MAJORITY) for one in found), len(trees)),
-        "search_coverage": share(sum(any(leaf.right for leaf in one) for one in found), len(trees)),
-        "search_tokens": sum(tree.tokens for tree in trees) / count,
-        "search_answers": sum(map(len, found)) / count,
+    nodes = {node.tag: node for node in tree.nodes}
+    settings = tree.extra.get("settings", {})
+    made = [sum(node.rollout <= number for node in tree.nodes) for number in range(tree.rollouts)]
+    best = chosen_ballot(tree)
+    where = {"set": problem.meta.get("set", problem.source)}
+    where |= {"level": tree.level, "subject": tree.subject}
+    leaves = Case(
+        tree.problem_id,
+        tuple(_leaf(ballot, nodes[ballot.tag]) for ballot in leaf_ballots(tree)),
+        tuple(tree.tokens * count / len(tree.nodes) for count in made),
+        settings.get("rollouts", tree.rollouts),
+        settings.get("answers_kept", 1),
+        **where,
+    )
+    answer = None if best is None else _leaf(best, nodes[best.tag])
+    return Searched(leaves, answer, tree.seed, tree.tokens, tree.stopped == "failed")
+
+
+def _leaf(ballot: Ballot, node: Node) -> Answer:
+    """Its score is the preference model's, not the Q-value that a further visit may have moved."""
+    return Answer(dataclasses.replace(ballot, score=node.score or 0.0), node.verdict, node.rollout)
+
+
+def searches_case(group: Sequence[Searched]) -> Case:
+    """One problem's searches, each with the answer it settled on."""
+    answers = (
+        dataclasses.replace(one.chosen, unit=unit)
+        for unit, one in enumerate(group)
+        if one.chosen is not None
+    )
+    spent = cumulative(one.tokens for one in group)
+    return dataclasses.replace(
+        group[0].leaves, answers=tuple(answers), spent=spent, units=len(group), most=1
+    )
+
+
+def chains_case(tree: Tree, problem: Problem) -> Case:
+    """A graded tree of independent chains (`beam.sample_chains`): each chain a unit."""
+    leaves = searched(tree, problem).leaves
+    chain = lambda tag: int(tag.split(".")[1]) - 1
+    answers = (dataclasses.replace(one, unit=chain(one.ballot.tag)) for one in leaves.answers)
+    written = [0] * tree.rollouts
+    for node in tree.nodes[1:]:
+        written[chain(node.tag)] += node.written
+    return dataclasses.replace(
+        leaves, answers=tuple(answers), spent=cumulative(written), units=tree.rollouts, most=1
+    )
+
+
+def search_measures(groups: Sequence[Sequence[Searched]], scale: Scale | None) -> dict[str, Any]:
+    """Numbers of the first search of each problem: a vote of its answers, its own choice, coverage, tokens.
+
+    `groups`: of each problem its searches, by seed. `search_accuracy` is of the vote by PPM odds and probability,
+    `search_choice` of the answer the search settled on (highest Q-value, as the public code chooses).
+    """
+    record = _search_numbers(groups, scale)
+    record["by_set"] = {
+        name: _search_numbers(found, scale)
+        for name, found in grouped(groups, lambda group: group[0].leaves.set).items()
     }
+    return record
 
 
-def _verdict_of(tree: Tree, tag: str) -> str:
-    return next((node.verdict for node in tree.nodes if node.tag == tag), "")
+def _search_numbers(groups: Sequence[Sequence[Searched]], scale: Scale | None) -> dict[str, Any]:
+    one = [group[0] for group in groups]
+    votes = shares(
+        [search.leaves for search in one], measures((POSTERIOR, MAJORITY, COVERAGE), scale)
+    )
+    record = {
+        "search_accuracy": votes.get(POSTERIOR, votes[MAJORITY]),
+        "search_choice": share_of(verdict_of(search.chosen) for search in one),
+        "search_majority": votes[MAJORITY],
+        "search_coverage": votes[COVERAGE],
+        "search_tokens": mean(search.tokens for search in one),
+        "search_answers": mean(len(search.leaves.answers) for search in one),
+    }
+    failed = sum(search.failed for group in groups for search in group)
+    return record | ({"search_failed": failed} if failed else {})
+
+
+def verdict_of(answer: Answer | None) -> str:
+    return "no_answer" if answer is None else answer.verdict
+
+
+# ---- accuracy against cost
+
+
+def all_scaling(
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[Searched]],
+    scale: Scale | None,
+    top_k: int,
+) -> dict[str, list[Row]]:
+    """Accuracy against trajectories and tokens a problem: of samples, leaves of one search, complete searches."""
+    names = (*AT_N, COVERAGE)
+    curves = scaling(sample_cases(rows), measures(names, scale))
+    found = measures((BEST, POSTERIOR), scale) or measures((MAJORITY,), scale)
+    titles = {BEST: SEARCH_CHOICE, POSTERIOR: SEARCH_VOTE, MAJORITY: "search, majority"}
+    leaves = [group[0].leaves for group in groups]
+    count = lambda case: len(case.answers)
+    curves |= scaling(leaves, {titles[name]: one for name, one in found.items()}, count=count)
+    if any(len(group) > 1 for group in groups):
+        whole = [searches_case(group) for group in groups]
+        curves |= scaling(whole, measures(names, scale, top_k), SEARCHES)
+    return curves
+
+
+def all_stopping(
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[Searched]],
+    scale: Scale | None,
+    top_k: int,
+) -> list[Row]:
+    """What early stops would save: of samples, of the rollouts of one search, of complete searches."""
+    told = stopping(sample_cases(rows), measures((MAJORITY, WEIGHTED), scale), "samples")
+    leaves = [group[0].leaves for group in groups]
+    told += stopping(leaves, measures((MAJORITY, POSTERIOR), scale), "rollouts of one search")
+    whole = [searches_case(group) for group in groups]
+    return told + stopping(whole, measures((MAJORITY,), scale, top_k), "complete searches")
 
 
 def graded(tree: Tree, verdicts: Mapping[str, str]) -> Tree:

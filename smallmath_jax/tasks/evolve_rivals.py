@@ -17,19 +17,17 @@ from etils import epath
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, Prompt, read_parts, write_part
 from smallmath_jax.rollout.engine import Engine
-from smallmath_jax.tasks import evolve_measures, runs
+from smallmath_jax.search.vote import Scale, scale_of
+from smallmath_jax.tasks import ballots, evolve_measures, runs
 from smallmath_jax.tasks.chains import SAMPLED
 from smallmath_jax.tasks.driver import WORST, squashed
 from smallmath_jax.tasks.evolve_stages import Bench, manifest, write_manifest
 from smallmath_jax.tasks.policy import Policy, prompts_for, with_pixels
 from smallmath_jax.tasks.ppm import EXAMPLES
 from smallmath_jax.tasks.rollouts import engine_weights
-from smallmath_jax.tasks.search import make_judge, squash_of
+from smallmath_jax.tasks.search import make_judge
 
 TOGETHER = 16  # problems whose trajectories are scored in one call
-# A vote weighs exp(5 atanh(score)) (evolve_measures.raw_score). With these, tanh(raw / squash) makes that the odds of a
-# right answer: an ORM's raw value is its log odds, a PQM's, the atanh of a mean outcome, half of it.
-VOTE_SQUASH = {"orm": 5.0, "pqm": 2.5}
 
 
 def check(config: Any) -> None:
@@ -75,14 +73,14 @@ def score_stage(bench: Bench, number: int, loss: str, model: Policy) -> dict[str
     mine = hosts.share(list(zip(kept, prompts, strict=True)))
     engine = rival_engine(bench, model, number)
     found = []
-    for part in _score_all(engine, mine, rows, model, VOTE_SQUASH[loss]):
+    for part in _score_all(engine, mine, rows, model, scale_of(loss).squash):
         found += part
         if bench.stop.requested:
             runs.say(f"round {number} {loss}: stopped; the same command scores again")
             sys.exit(bench.stop.exit_code)
     write_part(folder, f"00000-host{hosts.host_index()}.jsonl", found)
     hosts.barrier(f"scores {folder}")
-    record = measures(rows, list(read_parts(folder)), config.eval.samples)
+    record = measures(rows, list(read_parts(folder)), config.eval.samples, scale_of(loss))
     runs.say(
         f"round {number}: of {config.eval.samples} samples, best by {loss.upper()} {record['best']['accuracy']:.1%}, "
         f"{loss.upper()}-weighted vote {record['weighted']['accuracy']:.1%}"
@@ -98,8 +96,7 @@ def rival_engine(bench: Bench, model: Policy, number: int) -> Engine:
     """The engine that the round's preference model was scored with, now with the rival's weights."""
     config = bench.config
     if bench.scorer is None:  # a start after the evaluation was finished
-        squash = squash_of(config.ppm.loss, config.ppm.tanh_in_loss)
-        bench.scorer = make_judge(model, config, squash)
+        bench.scorer = make_judge(model, config, bench.scale())
     else:
         bench.scorer.engine.set_weights(engine_weights(model.model, config), number)
     return bench.scorer.engine
@@ -141,7 +138,10 @@ def _score_all(
 
 
 def measures(
-    rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], samples: int
+    rows: Sequence[Mapping[str, Any]],
+    scores: Sequence[Mapping[str, Any]],
+    samples: int,
+    scale: Scale,
 ) -> dict[str, Any]:
     """Best-of-N and the weighted vote by these scores, and how well they rank a problem's own samples."""
     given = {(one["problem_id"], one["sample"]): one["score"] for one in scores}
@@ -149,11 +149,11 @@ def measures(
         {**row, "extra": row["extra"] | {"score": given.get((row["problem_id"], row["sample"]))}}
         for row in rows
     ]
-    found = evolve_measures.chain_measures(again, samples)
+    found = evolve_measures.chain_measures(again, samples, scale)
     at_n = found["at_n"]
     return {
-        "best": at_n[evolve_measures.BEST],
-        "weighted": at_n[evolve_measures.WEIGHTED],
+        "best": at_n[ballots.BEST],
+        "weighted": at_n[ballots.WEIGHTED],
         "auc": found["auc"],
         "scored": len(given),
     }

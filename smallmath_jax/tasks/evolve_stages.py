@@ -4,7 +4,6 @@ A stage whose done.json is there returns what it says; one that was cut short go
 the preference model are stages of `sft` and `ppm`.
 """
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -34,7 +33,8 @@ from smallmath_jax.search.beam import sample_chains
 from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.pairs import PairSettings
 from smallmath_jax.search.settings import SearchSettings
-from smallmath_jax.tasks import chains, evolve_measures, ppm, runs
+from smallmath_jax.search.vote import Scale, scale_of
+from smallmath_jax.tasks import chains, evolve_measures, ppm, runs, searched
 from smallmath_jax.tasks.driver import Driver, Host, Judge
 from smallmath_jax.tasks.policy import Policy, prompts_for
 from smallmath_jax.tasks.recheck import recheck, relabel
@@ -45,7 +45,6 @@ from smallmath_jax.tasks.search import (
     make_judge,
     read_trees,
     search_settings,
-    squash_of,
 )
 from smallmath_jax.tasks.server import Client, ServerEngine, settings_of
 from smallmath_jax.train.loop import StopSignal
@@ -77,12 +76,15 @@ class Bench:
         self.engine.set_weights(engine_weights(policy.model, config), version)
         scorer = None
         if judge is not None:
-            squash = squash_of(config.ppm.loss, config.ppm.tanh_in_loss)
             if self.scorer is None:
-                self.scorer = make_judge(judge, config, squash)
+                self.scorer = make_judge(judge, config, self.scale())
             self.scorer.engine.set_weights(engine_weights(judge.model, config), version)
             scorer = self.scorer
         return Driver(policy, self.engine, self.host, judge=scorer, **drawing(config))
+
+    def scale(self) -> Scale:
+        """How the rounds' preference models are read."""
+        return scale_of(self.config.ppm.loss, self.config.ppm.tanh_in_loss)
 
 
 def manifest(folder: epath.Path) -> dict[str, Any] | None:
@@ -205,7 +207,7 @@ def _search_round(
         for total in config.evolve.more:
             some = {problem.id: problem for problem in tried}
             earlier = {one.problem_id: one for one in _trees(folder) if one.seed == settings.seed}
-            more = dataclasses.replace(settings, rollouts=total)
+            more = dataclasses.replace(settings, rollouts=total, widen=True)
             grow(tried, more, f"more_{total}", earlier=earlier, searches=config.evolve.more_seeds)
             tried = _unsolved(bench, folder, [f"more_{total}"], some)
             record[f"solved_by_{total}"] = len(some) - len(tried)
@@ -380,7 +382,6 @@ def evaluate_stage(
         samples=samples,
         seed=config.seed,
         stop=bench.stop,
-        in_flight=max(1, 2 * driver.engine.slots // (samples + 1)) + 1,
         max_tokens=config.eval.sampling.max_tokens,
         title=f"round {number} evaluate",
     )
@@ -389,48 +390,49 @@ def evaluate_stage(
         sys.exit(bench.stop.exit_code)
     hosts.barrier(f"completions {folder}")
     rows = list(read_parts(folder / "completions"))
-    record = evolve_measures.chain_measures(rows, config.eval.samples)
-    trees: list[Tree] = []
+    scale = None if judge is None else bench.scale()
+    record = evolve_measures.chain_measures(rows, config.eval.samples, scale)
+    groups: searched.Groups = []
     if judge is not None:
         limit = config.eval.final_search_problems if final else config.eval.search_problems
-        trees = evaluation_trees(bench, driver, kept[: limit or None], folder, number)
-        record |= evolve_measures.search_measures(trees)
+        groups = searched.searched_groups(
+            driver,
+            kept[: limit or None],
+            search_settings(config.eval.search, seed=config.seed, round=number),
+            folder / "trees",
+            config,
+            stop=bench.stop,
+            searches=config.eval.final_searches if final else 1,
+            title=f"round {number} search test",
+        )
+        _keep_verdicts(groups, folder)
+        numbers = evolve_measures.search_measures(groups, scale)
+        sets = numbers.pop("by_set")
+        for name, found in sets.items():
+            record["by_set"][name] |= found
+        record |= numbers
     if final:
-        searched = {tree.problem_id for tree in trees}
-        same = [row for row in rows if row["problem_id"] in searched] or rows
-        record["scaling"] = evolve_measures.scaling(same, trees, samples)
+        asked = {group[0].leaves.problem_id for group in groups}
+        same = [row for row in rows if row["problem_id"] in asked] or rows
+        record["scaling"] = evolve_measures.all_scaling(same, groups, scale, config.eval.top_k)
+        record["stopping"] = evolve_measures.all_stopping(same, groups, scale, config.eval.top_k)
     record["left_out"] = left_out
     return write_manifest(folder, record, started)
 
 
-def evaluation_trees(
-    bench: Bench, driver: Driver, problems: list[Problem], folder: epath.Path, number: int
-) -> list[Tree]:
-    """Trees of held-out problems, searched without their gold answers and graded afterwards."""
-    config = bench.config
-    settings = search_settings(config.eval.search, seed=config.seed, round=number)
-    title = f"round {number} search test"
-    grow_trees(driver, problems, settings, folder / "trees", config, stop=bench.stop, title=title)
-    by_id = {problem.id: problem for problem in problems}
-    trees = [tree for tree in read_trees([folder / "trees"]) if tree.problem_id in by_id]
-    rows = asyncio.run(_verdicts(driver, trees, by_id))
+def _keep_verdicts(groups: searched.Groups, folder: epath.Path) -> None:
+    """What the answers of the evaluation's trees were graded, for `graded_trees`."""
+    found = {
+        (one.leaves.problem_id, answer.ballot.answer): answer.verdict
+        for group in groups
+        for one in group
+        for answer in one.leaves.answers
+    }
+    names = ("problem_id", "answer", "verdict")
+    rows = [dict(zip(names, (*key, found[key]), strict=True)) for key in sorted(found)]
     if hosts.host_index() == 0:
         write_part(folder / "verdicts", "00000.jsonl", rows)
     hosts.barrier(f"verdicts {folder}")
-    return [tree for tree in graded_trees(folder) if tree.problem_id in by_id]
-
-
-async def _verdicts(
-    driver: Driver, trees: Sequence[Tree], problems: Mapping[str, Problem]
-) -> list[dict[str, Any]]:
-    """A row for each different answer of each problem's trees."""
-    rows = []
-    for tree in trees:
-        answers = sorted({node.answer for node in tree.nodes if node.kind == "answer"})
-        for answer in answers:
-            verdict = await driver.grade(problems[tree.problem_id], answer)
-            rows.append({"problem_id": tree.problem_id, "answer": answer, "verdict": verdict})
-    return rows
 
 
 def graded_trees(folder: epath.Path) -> list[Tree]:

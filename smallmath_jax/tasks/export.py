@@ -8,14 +8,13 @@ from etils import epath
 from smallmath_jax.models import lora, weights
 from smallmath_jax.parallel import hosts
 from smallmath_jax.tasks import runs
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, restore_run, settle_grammar
+from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, restore_run
 
 
 def run(config: Any, workdir: str) -> None:
     """Exports the model that `init_from` (a run's workdir) and `step` name."""
     if not config.init_from:
         raise ValueError("say which run to export: --config.init_from=WORKDIR")
-    settle_grammar(config)
     with runs.open_run(config, workdir):
         mesh = make_mesh(config)
         policy = load_policy(config, mesh)

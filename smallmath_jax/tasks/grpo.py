@@ -20,6 +20,7 @@ from smallmath_jax.records import Completion, Problem, Prompt, draw_key
 from smallmath_jax.report import pages
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.tasks import evaluate, export, grpo_metrics, runs, sft, stages, training
+from smallmath_jax.tasks.completions import completion_row
 from smallmath_jax.tasks.policy import (
     Policy,
     load_policy,
@@ -266,7 +267,7 @@ def grade_group(
         )
     gated = rewards.is_gated(parts, reward)
     return [
-        evaluate.completion_row(
+        completion_row(
             problem,
             prompt,
             rollout,

@@ -18,6 +18,7 @@ from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.policy import newest_checkpoints
 
 NAME = "policy.json"
+PARTS = ("completions", "trees")
 SETTINGS = ("greedy", "samples", "sampling", "lenient")
 
 
@@ -27,14 +28,19 @@ def identity_of(
     prompts: Sequence[Prompt],
     config: Any,
     source: str,
+    **more: Any,
 ) -> dict[str, Any]:
-    """All that decides an evaluation's completions, as plain JSON: two of them are the same or must not be mixed."""
+    """All that decides an evaluation's answers, as plain JSON: two of them are the same or must not be mixed.
+
+    `more`: further settings that do, as plain JSON.
+    """
     digest = hashlib.sha256()
     for problem, prompt in zip(problems, prompts, strict=True):
         digest.update(to_json([problem.id, prompt.text, problem.accepted]).encode())
     settings = {name: config.eval[name] for name in SETTINGS}
     settings |= {"seed": config.seed, "compute_dtype": config.compute_dtype}
     settings["sampling"] = settings["sampling"].to_dict()
+    settings |= more
     return {
         "weights": engine.weights_digest(),
         "settings": settings,
@@ -62,7 +68,7 @@ def keep_or_drop(folder: epath.Path, identity: dict[str, Any]) -> None:
         path = folder / NAME
         before = json.loads(path.read_text()) if path.exists() else {}
         identity = json.loads(to_json(identity))
-        parts = sorted((folder / "completions").glob("*.jsonl"), key=lambda part: part.name)
+        parts = [part for name in PARTS for part in sorted((folder / name).glob("*.jsonl"))]
         if parts and _what(before) != _what(identity):
             runs.say(f"{folder}: {_told(before, identity)}; the {len(parts)} old parts are dropped")
             for stale in (folder / "result.json", *parts):

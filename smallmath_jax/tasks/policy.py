@@ -157,8 +157,9 @@ def restore_model(
 def newest_checkpoints(workdir: str) -> epath.Path:
     """The checkpoints folder of a run's policy: its own, else its SFT stage's, else that of its last finished round.
 
-    Raises FileNotFoundError when there is none yet.
+    Raises FileNotFoundError when there is none yet, ValueError for a Hugging Face folder.
     """
+    run_config(workdir)
     root = epath.Path(workdir)
     for folder in (root / "checkpoints", root / "sft" / "checkpoints"):
         if _has_steps(folder):

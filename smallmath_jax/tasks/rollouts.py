@@ -26,6 +26,11 @@ class Request:
     sampling: Sampling
 
 
+def sampling_of(settings: Any) -> Sampling:
+    """Sampling of a config's fields."""
+    return Sampling(settings.temperature, settings.top_p, settings.top_k)
+
+
 def make_engine(policy: Policy, config: Any, slots: int = 0, pages: int = 0) -> Engine:
     """An engine with its own copy of the weights in the compute dtype; `slots` and `pages` in place of the config's."""
     return Engine(
@@ -91,10 +96,6 @@ def run_requests(
             if all(entry is not None for entry in partial[index]):
                 engine.prune(roots.pop(index))
                 yield index, partial.pop(index)
-
-
-def sampling_of(settings: Any) -> Sampling:
-    return Sampling(settings.temperature, settings.top_p, settings.top_k)
 
 
 class Clock:

@@ -17,6 +17,7 @@ from etils import epath
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import to_json, write_text
 from smallmath_jax.tasks.checks import check
+from smallmath_jax.tasks.policy import settle_grammar
 
 # Fields that may change between two starts of one run: they decide how it runs, not what is learned. On another mesh or
 # engine sums are taken in another order: the same run, but not to the last bit.
@@ -42,12 +43,13 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(config: Any, workdir: str) -> Iterator[Run]:
-    """Prepares `workdir`; on a second start checks that the config is the first one's.
+    """Prepares `workdir` and settles a grammar of "auto"; on a second start checks that the config is the first one's.
 
     Raises ValueError naming the first field that differs from the first start's or between hosts, and when hosts do
     not share `workdir`.
     """
     check(config)
+    settle_grammar(config)
     prepare_process()
     root = epath.Path(workdir)
     resolved = json.loads(to_json(config.to_dict()))

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from smallmath_jax.data.images import image_link
 from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, Prompt, Tree, read_parts, to_json, write_part, write_text
@@ -26,7 +25,9 @@ from smallmath_jax.search import select
 from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import tree_from_json
+from smallmath_jax.search.vote import Scale, scale_of
 from smallmath_jax.tasks import runs
+from smallmath_jax.tasks.completions import image_link
 from smallmath_jax.tasks.driver import Driver, Judge, Meter, open_host
 from smallmath_jax.tasks.policy import (
     Policy,
@@ -46,10 +47,6 @@ from smallmath_jax.train.loop import Progress, StopSignal
 # beside what was under way
 PART_TREES = 64
 PART_SECONDS = 30.0
-
-# Value scales at inference: tanh(raw / 5) is the public code's for scores trained raw; an ORM's logit becomes
-# 2 sigmoid - 1; a PQM, and a PPM trained through tanh, were squashed in training.
-SQUASH = {"ppm": 5.0, "orm": 2.0, "pqm": 1.0}
 
 
 def run(config: Any, workdir: str) -> None:
@@ -105,21 +102,16 @@ def load_judge(workdir: str, policy: Policy, config: Any, mesh: jax.sharding.Mes
     settings = run_config(workdir)
     like = add_value_head(policy.model, jax.random.key(0))
     model = restore_model(judge_checkpoints(workdir), like, mesh)
-    squash = squash_of(settings["ppm"]["loss"], settings["ppm"]["tanh_in_loss"])
-    return make_judge(dataclasses.replace(policy, model=model), config, squash)
+    scale = scale_of(settings["ppm"]["loss"], settings["ppm"]["tanh_in_loss"])
+    return make_judge(dataclasses.replace(policy, model=model), config, scale)
 
 
-def squash_of(loss: str, tanh_in_loss: bool) -> float:
-    """What a raw value is divided by before the tanh of inference."""
-    return 1.0 if tanh_in_loss else SQUASH[loss]
-
-
-def make_judge(model: Policy, config: Any, squash: float) -> Judge:
+def make_judge(model: Policy, config: Any, scale: Scale) -> Judge:
     """An engine that only scores: few slots, as many pages as the policy's has."""
     pages = config.engine.pages or config.engine.slots * (
         -(-config.engine.cache_length // config.engine.prefill_chunk) // 2
     )
-    return Judge(make_engine(model, config, slots=8, pages=pages), squash)
+    return Judge(make_engine(model, config, slots=8, pages=pages), scale)
 
 
 def grow_trees(

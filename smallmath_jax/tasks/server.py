@@ -1,7 +1,9 @@
 """Any OpenAI-compatible server as a policy: it stands where an Engine stands, so searches run over it unchanged.
 
-Requests go out from threads, as many at a time as the config allows; a server that is busy (429, 5xx, a lost
-connection) is asked again after a growing pause, or after the one it names. The key comes from the environment alone.
+Requests go out from threads, as many at a time as the config allows; a server that is busy or down (429, 5xx, a lost
+connection) is asked again after a growing pause, or after the one it names. A request that is refused ends the search
+that asked; a server that stays away, or knows neither key nor model, ends the run, which goes on with the same command.
+The key comes from the environment alone.
 """
 
 import concurrent.futures
@@ -20,18 +22,28 @@ from typing import Any
 
 import numpy as np
 
-from smallmath_jax.data.few_shot import cut_step, few_shot_prompt
+from smallmath_jax.data.few_shot import EXAMPLES, cut_step, few_shot_prompt
 from smallmath_jax.data.prompts import GRAMMARS
 from smallmath_jax.data.tokens import Tokens, decode, encode_after
 from smallmath_jax.records import Problem, Prompt, Sampling
 from smallmath_jax.rollout.engine import Limits, Rollout
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
+OF_THE_REQUEST = (
+    400,
+    413,
+    422,
+    500,
+)  # what one request is to blame for, and not the server or its address
 ENDPOINTS = ("completions", "chat")
 
 
-class ServerError(RuntimeError):
-    """The server refused a request, or stayed unreachable; the message says what it said."""
+class ServerError(OSError):
+    """The server refused this request; the message says what it said."""
+
+
+class ServerGone(ServerError):
+    """The server stayed unreachable or busy, or knows no such key, model or endpoint: every request would fail."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +56,7 @@ class ServerSettings:
     concurrent: int = 16
     requests_per_minute: int = 0  # 0: as many as come back
     timeout_s: float = 300.0
-    attempts: int = 6
+    attempts: int = 10  # with these pauses: about four minutes
     first_pause_s: float = 1.0
     longest_pause_s: float = 60.0
     api_key_variable: str = "OPENAI_API_KEY"
@@ -65,8 +77,9 @@ class ServerSettings:
 class Client:
     """Asks a server for one completion at a time, from any thread."""
 
-    def __init__(self, settings: ServerSettings, sleep: Callable[[float], None] = time.sleep):
-        self.settings, self._sleep = settings, sleep
+    def __init__(self, settings: ServerSettings, sleep: Callable[[float], Any] | None = None):
+        self._closed = threading.Event()
+        self.settings, self._sleep = settings, sleep or self._closed.wait
         self._lock, self._next = threading.Lock(), 0.0
         self.retries = 0
 
@@ -75,7 +88,7 @@ class Client:
     ) -> tuple[str, str]:
         """(what follows `text`, why it ended: a stop string where the server tells it, "length" or "").
 
-        Raises ServerError when the server refuses, or is not to be reached in `attempts` tries.
+        Raises ServerError when the server refuses, ServerGone when it is not to be reached in `attempts` tries.
         """
         body: dict[str, Any] = {
             "model": self.settings.model,
@@ -99,6 +112,10 @@ class Client:
         reason = "length" if choice.get("finish_reason") == "length" else told
         return found or "", reason if isinstance(reason, str) else ""
 
+    def close(self) -> None:
+        """Ends all pauses; who waited in one gets ServerGone."""
+        self._closed.set()
+
     def _ask(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         settings = self.settings
         request = urllib.request.Request(
@@ -106,22 +123,26 @@ class Client:
             json.dumps(body).encode(),
             {"Content-Type": "application/json", **self._authorization()},
         )
+        kind = ServerGone
         for attempt in range(settings.attempts):
             self._wait_for_turn()
+            if self._closed.is_set():
+                raise ServerGone(f"{settings.base_url}{path}: given up, the run ends")
             try:
                 with urllib.request.urlopen(request, timeout=settings.timeout_s) as reply:
                     return json.load(reply)
             except urllib.error.HTTPError as error:
                 said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+                kind = ServerError if error.code in OF_THE_REQUEST else ServerGone
                 if error.code not in RETRIED:
-                    raise ServerError(f"{settings.base_url}{path}: {said}") from error
+                    raise kind(f"{settings.base_url}{path}: {said}") from error
                 named = error.headers.get("Retry-After")
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
-                said, named = f"{type(error).__name__}: {error}", None
+                said, named, kind = f"{type(error).__name__}: {error}", None, ServerGone
             self.retries += 1
             if attempt + 1 < settings.attempts:
                 self._sleep(self._pause(attempt, named))
-        raise ServerError(f"{settings.base_url}{path}: {settings.attempts} tries, the last: {said}")
+        raise kind(f"{settings.base_url}{path}: {settings.attempts} tries, the last: {said}")
 
     def _authorization(self) -> dict[str, str]:
         key = os.environ.get(self.settings.api_key_variable)
@@ -164,9 +185,14 @@ class ServerEngine:
     version = 0
 
     def __init__(
-        self, client: Client, tokens: Tokens, problems: Sequence[Problem], cache_length: int
+        self,
+        client: Client,
+        tokens: Tokens,
+        problems: Sequence[Problem],
+        cache_length: int,
+        shots: int = len(EXAMPLES),
     ):
-        self.client, self._tokens = client, tokens
+        self.client, self._tokens, self._shots = client, tokens, shots
         self.slots, self.cache_length = client.settings.concurrent, cache_length
         self._problems = {problem.id: problem for problem in problems}
         self._stops = GRAMMARS["code_steps"].stops
@@ -181,6 +207,7 @@ class ServerEngine:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.client.close()
         self._pool.shutdown(cancel_futures=True)
 
     def know(self, problem: Problem) -> None:
@@ -212,7 +239,7 @@ class ServerEngine:
         self, node: int, n: int, limits: Limits, sampling: Sampling, keys: np.ndarray
     ) -> list[int]:
         problem, path = self._paths[node]
-        text = few_shot_prompt(problem, decode(self._tokens, path))
+        text = few_shot_prompt(problem, decode(self._tokens, path), self._shots)
         tickets = []
         for key in np.asarray(keys):
             ticket, self._next = self._next, self._next + 1
@@ -229,7 +256,10 @@ class ServerEngine:
         return tickets
 
     def step(self) -> list[tuple[int, Rollout | Exception]]:
-        """What has come back; waits a little for the first. A request that failed comes back as its exception."""
+        """What has come back; waits a little for the first. A request that was refused comes back as its exception.
+
+        Raises ServerGone when the server is.
+        """
         futures = {future: ticket for ticket, (_, future) in self._flights.items()}
         done, _ = concurrent.futures.wait(
             futures, 0.05, return_when=concurrent.futures.FIRST_COMPLETED
@@ -239,6 +269,8 @@ class ServerEngine:
             _, future = self._flights.pop(ticket)
             self._requests += 1
             error = future.exception()
+            if isinstance(error, ServerGone):
+                raise error
             found.append((ticket, error if error is not None else self._rollout(*future.result())))
         return found
 

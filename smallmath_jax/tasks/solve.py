@@ -15,12 +15,14 @@ from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.search import vote
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import path_to
-from smallmath_jax.tasks import chains, evolve_measures, runs
+from smallmath_jax.tasks import chains, runs
 from smallmath_jax.tasks.driver import Driver, Host, open_host, same_answer
 from smallmath_jax.tasks.policy import (
     Policy,
+    judge_checkpoints,
     load_policy,
     make_mesh,
+    newest_checkpoints,
     prompts_for,
     settle_grammar,
 )
@@ -43,7 +45,11 @@ def run(config: Any, workdir: str) -> None:
     if not config.problem:
         raise ValueError('say what to solve: --config.problem="What is 3 * 7?"')
     if config.image:
-        load_image(config.image)  # a missing picture is told before the weights load
+        load_image(config.image)  # what is missing is told before the weights load
+    if config.init_from:
+        newest_checkpoints(config.init_from)
+    if config.judge:
+        judge_checkpoints(config.judge)
     name = hashlib.sha256(f"{config.problem}\x1f{config.image}".encode()).hexdigest()[:8]
     images = (config.image,) if config.image else ()
     problem = Problem(id=f"asked-{name}", problem=config.problem, answer="", images=images)
@@ -140,7 +146,8 @@ def mcts(config: Any, workdir: str, problem: Problem) -> None:
     with open_host(config.sandbox.to_dict()) as host:
         driver, prompt = open_driver(config, problem, host, config.step_sampling, slots)
         asyncio.run(driver.run([search_job(driver, problem, prompt, settings)], 1, trees.append))
-    tree = settled(trees[0])
+    judge = driver.judge
+    tree = settled(trees[0], judge.scale) if judge else settled(trees[0])
     if tree.stopped == "failed":
         raise ValueError(f"the search failed: {tree.extra['failure']}")
     page = epath.Path(workdir) / "report" / "trees" / page_name(tree)
@@ -177,17 +184,17 @@ def settings_for(config: Any) -> SearchSettings:
     )
 
 
-def settled(tree: Tree) -> Tree:
+def settled(tree: Tree, scale: vote.Scale = vote.SCALES["ppm"]) -> Tree:
     """The tree, its choice that of a vote of all its answers, each weighed by the judge's odds and its probability.
 
     The measure `search_accuracy` is of the same vote. Without a judge the probability alone weighs.
     """
-    ballots = [leaf.ballot for leaf in evolve_measures.leaves(tree)]
-    answer = evolve_measures.best_ballot(ballots, evolve_measures.POSTERIOR)
-    if answer is None:
+    scores = {node.tag: node.score or 0.0 for node in tree.nodes}
+    ballots = [dataclasses.replace(one, score=scores[one.tag]) for one in vote.leaf_ballots(tree)]
+    if not ballots:
         return tree
-    weight = evolve_measures.WEIGHTS[evolve_measures.POSTERIOR]
-    agreeing = [one for one in ballots if same_answer(answer, one.answer)]
+    agreeing = vote.vote(ballots, same_answer, "posterior", scale)[0].ballots
+    weight = lambda ballot: vote.WEIGHTS["posterior"](ballot, scale)
     return dataclasses.replace(tree, chosen=max(agreeing, key=weight).tag)
 
 
