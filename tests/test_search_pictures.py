@@ -24,6 +24,7 @@ from smallmath_jax.records import PreferencePair, Problem, read_parts
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.steps import CODE_END, STEP_END, CodeResult
 from smallmath_jax.search.tree import path_to
+from smallmath_jax.search.vote import scale_of
 from smallmath_jax.tasks import evolve_stages, judged, policy, ppm
 from smallmath_jax.tasks import search as task
 from smallmath_jax.tasks.driver import Driver, Host
@@ -76,7 +77,7 @@ def world():
     judge = dataclasses.replace(found, model=headed)
     engine = task.make_engine(found, config)
     host = Host(run_program, lambda problem, answer: "wrong")
-    scorer = task.make_judge(judge, config, 5.0)
+    scorer = task.make_judge(judge, config, scale_of("ppm"))
     driver = Driver(found, engine, host, judge=scorer, **task.drawing(config))
     return World(config, found, judge, driver)
 
