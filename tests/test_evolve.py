@@ -285,8 +285,8 @@ def test_a_search_that_stops_early_is_the_full_one_cut_where_it_would_have_stopp
 
 
 SHORT = (
-    "--config.bootstrap.solutions=300",
-    "--config.bootstrap.steps=60",
+    "--config.bootstrap.solutions=900",
+    "--config.bootstrap.steps=250",
     "--config.evolve.per_round=24",
     "--config.evolve.rounds=2",
     "--config.evolve.rollouts=(2,2)",
