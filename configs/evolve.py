@@ -95,10 +95,12 @@ def get_config(mode=None):
     evolve.candidates = (5, 6, 6, 6) if tiny else tuple(PRESETS[name].candidates for name in ROUNDS)
     evolve.guidance = tuple(PRESETS[name].guidance for name in ROUNDS)
     evolve.max_errors = (1,) * 4 if tiny else tuple(PRESETS[name].max_errors for name in ROUNDS)
+    # Search what a round left unsolved a second time, with another seed and as many rollouts
+    evolve.second_pass = not tiny
     evolve.more = EXTRA_ROLLOUTS  # rollouts that unsolved problems go on to
     evolve.more_from = 4  # the first round that does
     # Trees an unsolved problem gets then: the first goes on, the others are new
-    evolve.more_seeds = 1
+    evolve.more_seeds = 1 if tiny else 2
     evolve.more_problems = 60 if tiny else 0  # at most as many of them; 0: all
     # Also search what is unsolved once more, with a new seed and no more rollouts
     evolve.control = tiny
@@ -109,13 +111,22 @@ def get_config(mode=None):
     # Of an embedded problem, that a right program must also be right on
     evolve.instances = 2 if tiny else 0
     evolve.trajectories = 2  # best by mean Q, a problem
-    evolve.selection = "step_verified"  # step_verified | rejection | random
+    # The ablation of SFT data (section 9.1): step_verified of trees ("mcts"); rejection | random of plain samples
+    # ("chains": whole trajectories of the same policy, nothing filtered, as many as a search has rollouts)
+    evolve.selection = "step_verified"
+    evolve.sampler = "mcts"  # mcts | chains
     # The interpreter's output is not trained on; the public code trains on it
     evolve.mask_output = True
     # A round's policy is fine-tuned from the previous round's, or from the first one ("base", as published)
     evolve.start = "previous" if tiny else "base"
     # Rounds whose pairs a preference model learns from, the last ones; 0: all
     evolve.pair_rounds = 0
+
+    # Reward models (orm, pqm) trained beside a round's own on the same trees, from a round on, only to score the same
+    # held-out trajectories (table 8). Nothing else uses one, and each costs what the round's own costs: none by
+    # default. In :tiny after the last round alone.
+    evolve.also_train = ("orm",) if tiny else ()
+    evolve.also_from = evolve.rounds if tiny else 1
 
     config.search = search.settings_of(preset("round2"))
     if tiny:

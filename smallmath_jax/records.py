@@ -33,6 +33,11 @@ class Problem:
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
+    def origin(self) -> str:
+        """Where its set took it from (NuminaMath: "amc_aime", "olympiads" ...); "" where the set does not say."""
+        return str(self.meta.get("source") or "")
+
+    @property
     def accepted(self) -> tuple[str, ...]:
         """Every gold answer: any of them is right. `answer` is the first."""
         return tuple(self.meta.get("accepted") or (self.answer,))

@@ -7,15 +7,18 @@ import pytest
 import step_case
 
 from configs import evaluate as evaluate_config
-from configs import grpo, sft
+from configs import evolve, grpo, ppm, search, sft, synthesis
+from smallmath_jax.tasks import evolve as evolve_task
 from smallmath_jax.tasks import policy, runs
 from smallmath_jax.tasks.checks import check
 
 
 @pytest.mark.parametrize("mode", ["tiny", "3b", "7b", "math1.5b", "math7b", "phi3"])
 def test_every_mode_passes(mode):
-    for module in (grpo, sft, evaluate_config):
+    for module in (grpo, sft, evaluate_config, search, ppm, synthesis):
         check(module.get_config(mode))
+    check(evolve.get_config(mode))
+    evolve_task.check(evolve.get_config(mode))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,30 @@ def test_a_wrong_setting_is_named_with_its_field(field, value, said):
     with pytest.raises(ValueError, match=said) as told:
         check(config)
     assert field.split(".")[-1] in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "field, value, said",
+    [
+        ("evolve.selection", "step_verifed", "did you mean 'step_verified'"),
+        ("evolve.guidance", ("terminal", "pmm", "ppm", "ppm"), "round 2: .*guidance='pmm'"),
+        ("evolve.candidates", (5, 6, 0, 6), "round 3: search.candidates=0"),
+        ("evolve.start", "bsae", "known are 'previous', 'base'"),
+        ("ppm.loss", "ppmm", "did you mean 'ppm'"),
+        ("search.stop", "decidd", "config.search: search.stop='decidd': known are"),
+        ("eval.search.choose", "vote", "config.eval.search: .*choose='vote'"),
+        ("pairs.descend", "al", "config.pairs: .*'al': known are all"),
+        ("pairs.per_side", 0, "at least 1"),
+        ("bootstrap.optimizer.schedule", "cosin", "did you mean 'cosine'"),
+    ],
+)
+def test_a_typo_of_self_evolution_is_told_before_anything_is_loaded(field, value, said, tmp_path):
+    config = evolve.get_config("tiny")
+    config.model = "no-such-folder"  # would be refused later, in other words
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=said):
+        evolve_task.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_came_to_nothing_binds_nobody(tmp_path):

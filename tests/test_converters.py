@@ -253,7 +253,8 @@ def test_numina_keeps_the_competition_part(hub):
     assert kept[0].meta == {"source": "olympiads"} and kept[0].solution.endswith(
         "<answer>3</answer>"
     )
-    assert [problem.problem for problem in load(hub, "numina_amc_aime", rows)] == ["c"]
+    (problem,) = load(hub, "numina_amc_aime", rows)
+    assert (problem.problem, problem.origin) == ("c", "amc_aime")
 
 
 def test_metamath_drops_the_elementary_part(hub):
@@ -273,7 +274,7 @@ def test_metamath_drops_the_elementary_part(hub):
         {"type": "MATH_SV", "query": "r", "original_question": "r", "response": "unfinished"},
     ]
     (problem,) = load(hub, "metamath", rows)
-    assert (problem.answer, problem.licence) == ("$4$", "MIT")
+    assert (problem.answer, problem.licence, problem.origin) == ("$4$", "MIT", "MATH")
     assert problem.solution == "<think>\n2+2=4.\n</think>\n<answer>$4$</answer>"
 
 

@@ -1,5 +1,6 @@
 """Benchmark problems are kept out of training data: by runs of words, by pictures, and in a run that is told to."""
 
+import dataclasses
 import io
 import json
 
@@ -8,7 +9,10 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from smallmath_jax.data import converters
 from smallmath_jax.data.decontaminate import decontaminate
+from smallmath_jax.data.problems import Rows
+from smallmath_jax.data.rows import to_problem
 from smallmath_jax.records import Problem, write_part
 from smallmath_jax.tasks.sources import name_of, training_problems
 
@@ -79,7 +83,10 @@ def test_a_planted_problem_is_left_out_and_told(run, stage, capsys):
     assert "1 of 2 training problems" in (told := capsys.readouterr().out)
     assert "bench (1)" in told
     noted = json.loads((folder / "config.json").read_text())["training_data"]
-    assert noted == {config.sources[0]: {"problems": 2, "kept": 1, "shared_with": {"bench": 1}}}
+    counts = {"problems": 2, "kept": 1, "dropped": {"shared with bench": 1}}
+    assert noted == {
+        config.sources[0]: counts | {"licence": {"not stated": 1}, "origin": {"train": 1}}
+    }
 
 
 def test_without_benchmarks_all_are_kept(run, capsys):
@@ -87,6 +94,42 @@ def test_without_benchmarks_all_are_kept(run, capsys):
     config.data.decontaminate = ()
     assert len(training_problems(config.sources, 0, config, folder)) == 2
     assert not capsys.readouterr().out
+
+
+def test_what_a_run_is_measured_on_is_left_out_too(run, capsys):
+    config, folder = run
+    held_out = config.data.decontaminate
+    config.data.decontaminate = ()
+    config.eval = ConfigDict({"problems": (*held_out, "tiny:test")})
+    assert ids(training_problems(config.sources, 0, config, folder)) == ["good"]
+    assert "they share text or pictures with bench (1)" in capsys.readouterr().out
+    config.eval.problems = ("tiny:train",)  # an embedded source is no benchmark
+    assert len(training_problems(("tiny:train",), 5, config, folder)) == 5
+
+
+def test_counts_by_source_licence_and_reason(run, monkeypatch):
+    config, folder = run
+    rows = [{"problem": f"{n}?", "answer": n or None, "licence": "no"} for n in (0, 1, 2)]
+    rows.append(rows[-1] | {"problem": TILES.problem})
+    where = lambda n: f"row {n + 1}"
+    monkeypatch.setattr(converters, "hub_rows", lambda *_: Rows(4, rows.__getitem__, where))
+    plain = converters.PublicSet(("o/set",), "CC-BY", lambda row: _with_origin(row))
+    monkeypatch.setitem(converters.CONVERTERS, "set", plain)
+    sources = ("convert:set", config.sources[0])
+    assert len(training_problems(sources, 0, config, folder)) == 3
+    told = json.loads((folder / "config.json").read_text())["training_data"]
+    assert told["convert:set"] == {
+        "problems": 3,
+        "kept": 2,
+        "dropped": {"bad_row": 1, "shared with bench": 1},
+        "licence": {"CC-BY": 2},
+        "origin": {"contest": 2},
+    }
+    assert told[config.sources[0]]["licence"] == {"not stated": 1}
+
+
+def _with_origin(row):
+    return dataclasses.replace(to_problem(row), meta={"source": "contest"})
 
 
 def test_training_on_the_benchmark_itself_is_refused(run):

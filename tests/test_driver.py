@@ -3,10 +3,12 @@
 import asyncio
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import driver_case as case
 import numpy as np
 import pytest
+import stage_case
 
 from smallmath_jax.records import Sampling, read_parts
 from smallmath_jax.search.mcts import search
@@ -14,6 +16,7 @@ from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.search.vote import SCALES
 from smallmath_jax.tasks import search as task
+from smallmath_jax.tasks import tree_parts
 from smallmath_jax.tasks.driver import Driver, Judge, same_answer
 
 SETTINGS = SearchSettings(rollouts=4, candidates=3, max_depth=6)
@@ -139,21 +142,25 @@ class Stop:
 
 @pytest.fixture
 def no_prompts(monkeypatch):
-    given = lambda problems, policy, config: (problems, [case.prompt(p.id) for p in problems], {})
-    monkeypatch.setattr(task, "prompts_for", given)
-    monkeypatch.setattr(task, "with_pixels", lambda prompt, problem, policy: prompt)
-    monkeypatch.setattr(task, "PART_TREES", 2)
+    stage_case.without_prompts(monkeypatch.setattr)
+    monkeypatch.setattr(tree_parts, "PART_TREES", 2)
 
 
-class Config:
-    in_flight = 3
-
-
-def grow(folder, stop, engine=None, searches=1, settings=SETTINGS, **more):
+def grow(
+    folder,
+    stop,
+    engine=None,
+    searches=1,
+    settings=SETTINGS,
+    host=case.HOST,
+    watchdog_s=0,
+    **more,
+):
     problems = [case.problem(name) for name in NAMES]
-    driver = make_driver(engine or case.ScriptedEngine())
+    driver = make_driver(engine or case.ScriptedEngine(), host)
+    config = SimpleNamespace(in_flight=3, watchdog_s=watchdog_s)
     task.grow_trees(
-        driver, problems, settings, folder, Config(), stop=stop, searches=searches, **more
+        driver, problems, settings, folder, config, stop=stop, searches=searches, **more
     )
     return {(row["problem_id"], row["seed"]): row for row in read_parts(folder)}
 
@@ -172,31 +179,21 @@ def test_killed_and_continued_no_problem_is_lost_or_done_twice(tmp_path, no_prom
     rows = list(read_parts(tmp_path / "cut"))
     assert len(rows) == 18
     assert {(row["problem_id"], row["seed"]): row for row in rows} == whole
-    parts = sorted(path.name for path in (tmp_path / "cut").iterdir())
+    parts = sorted(path.name for path in (tmp_path / "cut").glob("*.jsonl"))
     assert parts[0] == "00000-host0.jsonl" and len(parts) >= 9
-
-
-def test_a_kill_costs_no_finished_tree_older_than_half_a_minute(tmp_path, monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(task.time, "monotonic", lambda: clock[0])
-    parts, saved = task.Parts(tmp_path), []
-    for number in range(8):  # one each ten seconds; the parts are never left, as by a kill
-        parts.add({"number": number})
-        saved.append(len(list(read_parts(tmp_path))))
-        clock[0] += 10
-    assert saved == [0, 0, 0, 4, 4, 4, 4, 8]
 
 
 def test_a_tree_that_goes_on_is_the_one_searched_at_once(tmp_path, no_prompts):
     short = grow(tmp_path / "short", Stop(10**9))
     long = dataclasses.replace(SETTINGS, rollouts=9)
-    earlier = {name: tree_from_json(row) for (name, _), row in short.items()}
+    trees = {key: tree_from_json(row) for key, row in short.items()}
+    earlier = lambda name, seed: trees.get((name, seed))
     further = grow(tmp_path / "further", Stop(10**9), settings=long, earlier=earlier)
     at_once = grow(tmp_path / "once", Stop(10**9), settings=long)
     assert further == at_once
     both = grow(tmp_path / "seeds", Stop(10**9), searches=2, settings=long, earlier=earlier)
     assert {key: row for key, row in both.items() if key in further} == further and len(both) == 18
-    trees = task.read_trees([tmp_path / "short", tmp_path / "further"])
+    trees = tree_parts.read_trees([tmp_path / "short", tmp_path / "further"])
     assert [tree.problem_id for tree in trees] == sorted(NAMES)
     assert all(tree.rollouts == further[tree.problem_id, 0]["rollouts"] for tree in trees)
 

@@ -1,12 +1,15 @@
 """Metric parts, resume by dropping, progress lines, signals; and law 6: a training process killed at random moments."""
 
+import concurrent.futures
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import google_crc32c
 import jax.numpy as jnp
@@ -16,6 +19,7 @@ import step_case as case
 from tensorboardX.proto import event_pb2
 
 from smallmath_jax.records import read_parts, write_part
+from smallmath_jax.train import loop
 from smallmath_jax.train.loop import MetricWriter, Progress, StopSignal, part_name
 
 
@@ -282,3 +286,60 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(tmp_path):
     assert [row["step"] for row in read_parts(tmp_path / "run" / "metrics")] == list(
         range(1, done + 1)
     )
+
+
+# ---- several hosts
+
+
+class Host(threading.local):
+    index = 0
+
+
+@pytest.mark.parametrize("work", [(3, 40), (40, 3), (0, 40), (25, 25)])
+@pytest.mark.parametrize("signalled", [None, 0, 1])
+def test_hosts_with_unequal_work_leave_their_loops_together(monkeypatch, work, signalled):
+    """Two threads stand for hosts; a collective that only one of them calls breaks the barrier."""
+    here, meeting, told = Host(), threading.Barrier(2), [None, None]
+
+    def gather(value):
+        told[here.index] = value
+        meeting.wait(5)
+        both = list(told)
+        meeting.wait(5)
+        return both
+
+    monkeypatch.setattr(loop.hosts, "gather", gather)
+    monkeypatch.setattr(loop.hosts, "host_count", lambda: 2)
+    monkeypatch.setattr(loop, "EXCHANGE_SECONDS", 0.01)
+
+    def run(index):
+        here.index = index
+        stop = SimpleNamespace(requested=False, exit_code=143)
+        together = loop.StopTogether(stop)
+        left = work[index]
+        while left and not together.asked():
+            left -= 1
+            time.sleep(0.002 * (1 + index))
+            if signalled == index and left == work[index] - 2:
+                stop.requested = True
+        return together.finish(done=not left), left
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        (first, left), (second, other) = pool.map(run, range(2))
+    assert first == second
+    assert (first == 0) == (left == other == 0)
+    if signalled is None:
+        assert first == 0
+    elif work[signalled] == 40:
+        assert first == 143
+
+
+def test_one_host_leaves_at_once_and_only_with_work_left():
+    stop = SimpleNamespace(requested=False, exit_code=143)
+    together = loop.StopTogether(stop)
+    assert not together.asked() and together.finish(done=True) == 0
+    stop.requested = True
+    assert together.asked() and together.finish(done=False) == 143
+    assert together.finish(done=True) == 0
+    assert not loop.StopTogether(None).asked()
+    assert loop.agreed_exit(stop) == 143

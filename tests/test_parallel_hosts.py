@@ -137,14 +137,14 @@ def environment(**more):
     return {**kept, **paths, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", **more}
 
 
-def run_two_hosts(program, *arguments, **more):
-    """Runs the program in two joined processes; each must print that it is good."""
+def start_two_hosts(program, *arguments, **more):
+    """Two joined processes of the program."""
     shared = {
         "SMALLMATH_COORDINATOR": f"localhost:{free_port()}",
         "SMALLMATH_HOSTS": "2",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    workers = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],
             env=environment(**shared, **more, SMALLMATH_HOST=str(index)),
@@ -154,6 +154,11 @@ def run_two_hosts(program, *arguments, **more):
         )
         for index in range(2)
     ]
+
+
+def run_two_hosts(program, *arguments, **more):
+    """Runs the program in two joined processes; each must print that it is good."""
+    workers = start_two_hosts(program, *arguments, **more)
     try:
         outputs = [worker.communicate(timeout=120)[0] for worker in workers]
     finally:

@@ -125,6 +125,14 @@ def test_summary_and_page(tmp_path):
         write_text(tmp_path / "eval" / name / "result.json", json.dumps(result))
     log = [{"step": n, "reward": n / 50, "accuracy": 0.1, "loss": math.nan} for n in range(1, 51)]
     write_part(tmp_path / "metrics", "00000050-host0.jsonl", log)
+    told = {
+        "kept": 7,
+        "dropped": {"shared with <b>": 2},
+        "origin": {"amc": 7},
+        "licence": {"MIT": 7},
+    }
+    data = {"convert:set": {"problems": 9} | told}
+    write_text(tmp_path / "config.json", json.dumps({"training_data": data}))
     record = pages.write_report(tmp_path, wall_s=12.3)
     stored = json.loads((tmp_path / "report" / "report.json").read_text())
     for name in ("accuracy", "n", "ci", "by_level", "by_subject"):
@@ -132,4 +140,6 @@ def test_summary_and_page(tmp_path):
     assert stored["wall_s"] == 12.3 and record["training"]["train"]["steps"] == 50
     page = (tmp_path / "report" / "index.html").read_text()
     assert "66.7%" in page and "question p1" in page
+    assert stored["training_data"] == data
+    assert all(words in page for words in ("shared with &lt;b&gt; (2)", "amc (7)", "MIT (7)"))
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must hold all it shows"

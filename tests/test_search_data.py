@@ -348,7 +348,7 @@ def test_difficulty_and_label_noise():
     )
     assert select.label_noise([SMALL]) and select.label_noise([tree()])
     assert not select.label_noise([easy, hard]) and select.label_noise([easy, hard], threshold=0.6)
-    total = select.summary([easy, hard, SMALL, dataclasses.replace(easy, problem_id="q")])
+    total = select.summary([[easy, hard, SMALL], [dataclasses.replace(easy, problem_id="q")]])
     assert (total["problems"], total["medium"], total["easy"], total["coverage"]) == (2, 1, 1, 1.0)
     assert select.summary([])["coverage"] == 0.0
 

@@ -33,7 +33,7 @@ MAKERS = [SearchSettings, rstar_settings]
 def used(tree):
     """Everything that reads trees reads this one."""
     preference_pairs(tree, PairSettings(min_edit=0))
-    finished(tree), pqm_examples(tree), summary([tree]), leaf_ballots(tree)
+    finished(tree), pqm_examples(tree), summary([[tree]]), leaf_ballots(tree)
     backtracks(tree), theorem_gap([tree])
     assert tree_from_json(json.loads(records.to_json(tree))) == tree
     from_record(tree)
@@ -156,7 +156,7 @@ def test_only_the_problem_whose_policy_fails_fails(make):
     assert (bad.stopped, bad.extra["failure"]) == ("failed", "RuntimeError: out of memory")
     assert len(bad.nodes) == 3 and bad.rollouts == 0 and used(bad)
     assert good.stopped == "exhausted" and good.nodes[-1].verdict == "correct"
-    assert summary([bad, good])["failed"] == 1
+    assert summary([[bad], [good]])["failed"] == 1
 
 
 async def fewer(snippets):

@@ -15,7 +15,7 @@ from smallmath_jax.report import answers
 from smallmath_jax.search.mcts import search_seeds
 from smallmath_jax.search.vote import SCALES
 from smallmath_jax.tasks import search as search_task
-from smallmath_jax.tasks import searched
+from smallmath_jax.tasks import searched, tree_parts
 from smallmath_jax.tasks.checks import check
 from smallmath_jax.tasks.driver import Judge
 
@@ -31,7 +31,7 @@ PROBLEMS = [
 def no_prompts(monkeypatch):
     given = lambda problems, policy, config: (problems, [case.prompt(p.id) for p in problems], {})
     monkeypatch.setattr(search_task, "prompts_for", given)
-    monkeypatch.setattr(search_task, "PART_TREES", 2)
+    monkeypatch.setattr(tree_parts, "PART_TREES", 2)
 
 
 def config_of(method, searches=5, **search):
@@ -111,7 +111,9 @@ def test_numbers_are_those_of_the_trees_on_disk(tmp_path):
         "rollouts of one search",
         "complete searches",
     }
-    assert 0 < sum(wins.values()) < 8 and (tmp_path / "report" / "trees" / "index.html").exists()
+    assert 0 < sum(wins.values()) < 8
+    pages = sorted((tmp_path / "report" / "trees").glob("p*.html"))
+    assert [page.name.split("-")[0] for page in pages] == [problem.id for problem in PROBLEMS]
     text = "".join(answers.sections({"evaluation": result}, NoPictures()).values())
     for words in ("majority of the top 3 by PPM", "aime", "confident at 0.95", "tokens saved"):
         assert words in text

@@ -285,7 +285,7 @@ def test_closing_ends_the_pauses():
 
 class Config:
     each, solutions, agreeing, seed = 2, 6, 4, 0
-    problem_tokens, solution_tokens = 64, 200
+    problem_tokens, solution_tokens, watchdog_s = 64, 200, 0
 
 
 class Never:

@@ -40,6 +40,7 @@ def test_two_files_of_one_name_stay_two_sets(tmp_path):
         ("test/test-0", "test", "a"),
         ("test-2/test-0", "test-2", "b"),
     ]
+    (tmp_path / "config.json").write_text("{}")
     assert len({p.id for p in training_problems(files, 0, config_of(), tmp_path)}) == 2
 
 
@@ -60,10 +61,10 @@ def test_fields_are_renamed_in_training_and_evaluation(tmp_path):
     row = {"prompt": "1 + 1?", "problem": "no", "gold": "2", "level": "hard"}
     path = write(tmp_path / "set.jsonl", row)
     fields = {"problem": "prompt", "answer": "gold", "level": "none"}
-    config = config_of(path, **fields)
+    (tmp_path / "config.json").write_text("{}")
     for found in (
-        evaluate.load_evaluation_problems(config),
-        training_problems([path], 0, config, tmp_path),
+        evaluate.load_evaluation_problems(config_of(path, **fields)),
+        training_problems([path], 0, config_of(**fields), tmp_path),
     ):
         assert [(p.problem, p.answer, p.level) for p in found] == [("1 + 1?", "2", None)]
 

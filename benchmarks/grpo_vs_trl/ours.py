@@ -36,7 +36,6 @@ def main() -> None:
         "export": False,
         "eval.before": False,
         "eval.after": False,
-        "eval.problems": f"('{out}/problems.jsonl',)",
         "grpo.data": f"('{out}/problems.jsonl',)",
         "grpo.problems": 0,
         "grpo.steps": SETTINGS["steps"],

@@ -7,6 +7,7 @@ left out and counted by reason. Worked solutions are written in the think_answer
 import dataclasses
 import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,24 +56,32 @@ class PublicSet:
 
 
 def load_converted(
-    name: str, limit: int | None = None, seed: int = 0, say: Callable[[str], None] = LOG.info
+    name: str,
+    limit: int | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = LOG.info,
+    dropped: Counter[str] | None = None,
 ) -> list[Problem]:
-    """The problems of CONVERTERS[name]; `say` is told in a line how many rows were left out, by reason.
+    """The problems of CONVERTERS[name]; `say` is told in a line how many rows were left out, `dropped` counts them.
 
     Raises ValueError naming the nearest known name for an unknown one.
     """
     if name not in CONVERTERS:
         raise ValueError(_unknown(name, CONVERTERS, "convert:"))
-    return _load(name, CONVERTERS[name], limit, seed, say)
+    return _load(name, CONVERTERS[name], limit, seed, say, dropped)
 
 
 def load_benchmark(
-    name: str, limit: int | None = None, seed: int = 0, say: Callable[[str], None] = LOG.info
+    name: str,
+    limit: int | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = LOG.info,
+    dropped: Counter[str] | None = None,
 ) -> list[Problem]:
     """The problems of BENCHMARKS[name], told like `load_converted`."""
     if name not in BENCHMARKS:
         raise ValueError(_unknown(name, BENCHMARKS, ""))
-    return _load(name, BENCHMARKS[name], limit, seed, say)
+    return _load(name, BENCHMARKS[name], limit, seed, say, dropped)
 
 
 def _unknown(name: str, known: Mapping[str, Any], prefix: str) -> str:
@@ -86,10 +95,17 @@ def _unknown(name: str, known: Mapping[str, Any], prefix: str) -> str:
 
 
 def _load(
-    name: str, public: PublicSet, limit: int | None, seed: int, say: Callable[[str], None]
+    name: str,
+    public: PublicSet,
+    limit: int | None,
+    seed: int,
+    say: Callable[[str], None],
+    dropped: Counter[str] | None,
 ) -> list[Problem]:
     parts = [hub_rows(row_source, None, f"hf:{row_source}") for row_source in public.rows]
     problems, left_out = convert_rows(name, public, _joined(parts), limit, seed)
+    if dropped is not None:
+        dropped.update(left_out)
     if left_out:
         told = ", ".join(f"{reason} {count}" for reason, count in sorted(left_out.items()))
         say(f"{name}: {len(problems)} problems, {sum(left_out.values())} rows left out: {told}")
@@ -313,6 +329,7 @@ def _metamath(row: Mapping[str, Any]) -> Problem | Skipped:
         return Skipped("no_answer")
     reasoning = re.sub(r"\n?####.*\Z", "", reasoning.strip(), flags=re.DOTALL)
     problem = to_problem({"problem": row["query"], "answer": answer})
+    problem = dataclasses.replace(problem, meta={"source": "MATH"})
     return _with_solution(problem, reasoning or row["response"])
 
 

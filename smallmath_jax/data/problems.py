@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -35,13 +36,15 @@ def load_problems(
     limit: int | None = None,
     seed: int = 0,
     say: Callable[[str], None] = LOG.info,
+    dropped: Counter[str] | None = None,
     **mapping: str | None,
 ) -> list[Problem]:
     """The problems of a source. `limit` draws that many, always the same for a seed, in the source's order.
 
     `mapping` renames fields (answer="final_answer"; level=None ignores one) of files, hub and TFDS sets. `say` is told
-    in a line what a named public set lost on its way. Raises ValueError that names file, line, field and what to do
-    for the first bad rows, for ids used twice and for an unknown source, which gets the nearest known name.
+    in a line what a named public set lost on its way, `dropped` counts it by reason. Raises ValueError that names file,
+    line, field and what to do for the first bad rows, for ids used twice and for an unknown source, which gets the
+    nearest known name.
     """
     kind, _, rest = source.partition(":")
     if kind == "tiny":
@@ -49,7 +52,7 @@ def load_problems(
     if kind == "convert":
         from smallmath_jax.data import converters
 
-        return converters.load_converted(rest, limit=limit, seed=seed, say=say)
+        return converters.load_converted(rest, limit, seed, say, dropped)
     if kind == "hf":
         return select(_mapped(source, mapping), hub_rows(rest, split, source), source, limit, seed)
     if kind == "tfds":
@@ -59,7 +62,7 @@ def load_problems(
     from smallmath_jax.data import converters
 
     if source in converters.BENCHMARKS:
-        return converters.load_benchmark(source, limit=limit, seed=seed, say=say)
+        return converters.load_benchmark(source, limit, seed, say, dropped)
     raise ValueError(_unknown_source(source))
 
 

@@ -15,6 +15,7 @@ from etils import epath
 
 from smallmath_jax.records import read_parts, to_json, write_text
 from smallmath_jax.report import answers, evolution, plots, samples
+from smallmath_jax.report.data import data_section
 from smallmath_jax.report.markup import document, escape, figure, percent, table
 
 Row = dict[str, Any]
@@ -80,6 +81,8 @@ def write_report(
     config = (
         json.loads((root / "config.json").read_text()) if (root / "config.json").exists() else {}
     )
+    if told := config.get("training_data"):
+        record["training_data"] = told
     write_text(root / "report" / "report.json", json.dumps(json.loads(to_json(record)), indent=1))
     pictures = Pictures()
     trees = [name for name in TREE_FOLDERS if (root / "report" / name / "index.html").exists()]
@@ -188,6 +191,8 @@ def page(
         name = "SFT cold start" if stage == "sft" else f"Training ({task.get('task', 'run')})"
         sections[name] = curves_section(rows, stage, pictures)
     sections |= samples.sections(evaluations, pictures)
+    if told := data_section(config.get("training_data", {})):
+        sections["Training data"] = told
     if config:
         text = escape(json.dumps(config, indent=1))
         sections["Settings"] = f"<details><summary>config.json</summary><pre>{text}</pre></details>"

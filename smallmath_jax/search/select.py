@@ -5,7 +5,7 @@ rStar-Math, sections 3.4 and 3.5; the ablations of section 9.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,7 +131,8 @@ def _at_random(found: Sequence[Trajectory], n: int, seed: int) -> list[Trajector
     return [found[index] for index in order[:n]]
 
 
-# Ablation of section 9.1: what SFT trains on. The baselines are published over plain samples (`beam.sample_chains`).
+# Ablation of section 9.1: what SFT trains on. The baselines are published over plain samples: trees of
+# `beam.sample_chains`, which `config.evolve.sampler` chooses.
 SFT_VARIANTS: dict[str, Callable[[Sequence[Trajectory], int, int], list[Trajectory]]] = {
     "step_verified": lambda found, n, seed: best_by_q(found, n),
     "rejection": rejection,
@@ -180,6 +181,10 @@ def pqm_examples(tree: Tree) -> list[ValueExample]:
     return examples
 
 
+EXAMPLES = {"orm": orm_examples, "pqm": pqm_examples}
+LOSSES = ("ppm", *EXAMPLES)  # what a reward model may learn by; a PPM from pairs
+
+
 # ---- problems
 
 
@@ -222,21 +227,38 @@ def agreed_answer(
     return None if tied else groups[0][0].answer
 
 
-def summary(trees: Sequence[Tree]) -> dict[str, Any]:
-    """What a round's trees amount to: problems by difficulty, their share with a right answer (coverage), cost."""
-    by_problem: dict[str, list[Tree]] = {}
-    for tree in trees:
-        by_problem.setdefault(tree.problem_id, []).append(tree)
-    levels = Counter(difficulty(group) for group in by_problem.values())
-    solved = len(by_problem) - levels["hard"]
+def counts_of(group: Sequence[Tree]) -> Counter[str]:
+    """What the trees of one problem add to the `summary` of a round."""
+    return Counter(
+        {
+            "problems": 1,
+            difficulty(group): 1,
+            "failed": sum(tree.stopped == "failed" for tree in group),
+            "rollouts": sum(tree.rollouts for tree in group),
+            "wasted": sum(tree.wasted for tree in group),
+            "tokens": sum(tree.tokens for tree in group),
+            "tokens_saved": sum(tree.extra.get("tokens_saved", 0) for tree in group),
+            "nodes": sum(len(tree.nodes) for tree in group),
+        }
+    )
+
+
+def summary_of(counts: Mapping[str, int]) -> dict[str, Any]:
+    """A round's problems by difficulty, their share with a right answer (coverage), and cost, of added `counts_of`."""
+    known = Counter(counts)
+    solved = known["problems"] - known["hard"]
     return {
-        "problems": len(by_problem),
-        **{name: levels[name] for name in ("easy", "medium", "hard")},
-        "coverage": solved / len(by_problem) if by_problem else 0.0,
-        "failed": sum(tree.stopped == "failed" for tree in trees),
-        "rollouts": sum(tree.rollouts for tree in trees),
-        "wasted": sum(tree.wasted for tree in trees),
-        "tokens": sum(tree.tokens for tree in trees),
-        "tokens_saved": sum(tree.extra.get("tokens_saved", 0) for tree in trees),
-        "nodes": sum(len(tree.nodes) for tree in trees),
+        "problems": known["problems"],
+        **{name: known[name] for name in ("easy", "medium", "hard")},
+        "coverage": solved / known["problems"] if known["problems"] else 0.0,
+        **{name: known[name] for name in ("failed", "rollouts", "wasted", "tokens")},
+        **{name: known[name] for name in ("tokens_saved", "nodes")},
     }
+
+
+def summary(groups: Iterable[Sequence[Tree]]) -> dict[str, Any]:
+    """`summary_of` the trees of each problem; they pass one problem at a time."""
+    counts: Counter[str] = Counter()
+    for group in groups:
+        counts.update(counts_of(group))
+    return summary_of(counts)

@@ -20,8 +20,8 @@ from smallmath_jax.search.tree import LiveNode
 from smallmath_jax.tasks.completions import image_links
 from smallmath_jax.tasks.driver import Driver, Meter, Place
 from smallmath_jax.tasks.policy import with_pixels
-from smallmath_jax.tasks.search import Parts
-from smallmath_jax.train.loop import Progress, StopSignal
+from smallmath_jax.tasks.tree_parts import Parts
+from smallmath_jax.train.loop import Progress, StopSignal, StopTogether
 
 BLOCKS = 32  # draws a trajectory may take: a program each, or a step each in the text form
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -107,37 +107,42 @@ def sample_all(
     seed: int,
     stop: StopSignal,
     max_tokens: int,
+    watchdog_s: float,
     title: str,
     greedy: bool = True,
-) -> bool:
+) -> int:
     """A greedy and `samples` sampled trajectories of every problem, graded, scored where there is a judge.
 
-    They go into parts of `folder`, one row of completions each; problems that are there are not done again. Returns
-    False when `stop` cut it short.
+    They go into parts of `folder`, one row of completions each; problems that are there are not done again. Returns 0
+    when all hosts are done, and the exit code to leave with when `stop` asked one of them to.
     """
     done = {row["problem_id"] for row in read_parts(folder)}
     mine = [pair for pair in hosts.share(list(pairs)) if pair[0].id not in done]
-    if not mine:
-        return True
     asked = [(GREEDY, 0, Sampling(temperature=0.0))] if greedy else []
     asked += [(SAMPLED, n, driver.sampling) for n in range(samples)]
     jobs = (_job(driver, problem, prompt, asked, seed, max_tokens) for problem, prompt in mine)
     in_flight = max(1, 2 * driver.engine.slots // max(len(asked), 1)) + 1
-    bar = Progress(len(mine), title, quiet=hosts.host_index() != 0)
-    with Parts(folder) as writer:
-        meter, counts = Meter(driver.engine), {"right": 0, "rows": 0}
+    bar = Progress(max(len(mine), 1), title, quiet=not mine or hosts.host_index() != 0)
+    together, meter = StopTogether(stop), Meter(driver.engine)
+    counts = {"right": 0, "rows": 0}
+    with hosts.watchdog(watchdog_s):
+        with Parts(folder) as writer:
 
-        def finished(rows: list[Completion]) -> None:
-            writer.add(*rows)
-            counts["rows"] += len(rows)
-            counts["right"] += sum(row.verdict == "correct" for row in rows)
-            rates = meter.read()
-            shown = {"occupancy": rates["occupancy"], "tok/s": rates["tokens_per_second"]}
-            bar.advance(1, right=f"{counts['right'] / counts['rows']:.1%}", **shown)
+            def finished(rows: list[Completion]) -> None:
+                writer.add(*rows)
+                counts["rows"] += len(rows)
+                counts["right"] += sum(row.verdict == "correct" for row in rows)
+                rates = meter.read()
+                shown = {"occupancy": rates["occupancy"], "tok/s": rates["tokens_per_second"]}
+                bar.advance(1, right=f"{counts['right'] / counts['rows']:.1%}", **shown)
 
-        whole = asyncio.run(driver.run(jobs, in_flight, finished, lambda: stop.requested))
-    bar.close()
-    return whole
+            def leave() -> bool:
+                writer.tick()
+                return together.asked()
+
+            whole = asyncio.run(driver.run(jobs, in_flight, finished, leave))
+        bar.close()
+        return together.finish(whole)
 
 
 def _job(

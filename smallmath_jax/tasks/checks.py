@@ -1,15 +1,25 @@
 """Settings that cannot work are refused when a run starts, before anything is loaded or computed."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from smallmath_jax.data.prompts import GRAMMARS
 from smallmath_jax.models.text import REMAT
+from smallmath_jax.search.pairs import PairSettings
+from smallmath_jax.search.select import LOSSES, SFT_VARIANTS
+from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.train.advantages import DENOMINATORS, SCALES
 from smallmath_jax.train.optim import OPTIMIZERS, SCHEDULES
 from smallmath_jax.verify import rewards
 
+STAGES = ("sft", "grpo", "ppm", "bootstrap")
+# Sections that hold the fields of a record, which says itself what they may be
+RECORDS: Mapping[str, Callable[..., Any]] = {
+    "search": SearchSettings,
+    "eval.search": SearchSettings,
+    "pairs": PairSettings,
+}
 OPTIMIZER_FIELDS = {"name": tuple(OPTIMIZERS), "schedule": SCHEDULES}
 CHOICES: Mapping[str, Sequence[str]] = {
     "compute_dtype": ("float32", "bfloat16", "float16"),
@@ -22,9 +32,11 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "reward.truncated": rewards.TRUNCATED,
     "eval.headline": ("greedy", "sampled"),
     "eval.method": ("sample", "chains", "mcts", "beam"),
+    "evolve.selection": tuple(SFT_VARIANTS),
+    "ppm.loss": LOSSES,
     **{
         f"{stage}.optimizer.{field}": known
-        for stage in ("sft", "grpo", "ppm")
+        for stage in STAGES
         for field, known in OPTIMIZER_FIELDS.items()
     },
 }
@@ -42,6 +54,17 @@ AT_LEAST_ONE = (
     "sft.rows",
     "sft.row_length",
     "sft.microbatch_rows",
+    "bootstrap.rows",
+    "bootstrap.row_length",
+    "bootstrap.microbatch_rows",
+    "ppm.pairs",
+    "ppm.max_tokens",
+    "ppm.row_length",
+    "ppm.microbatch_rows",
+    "evolve.rounds",
+    "evolve.trajectories",
+    "evolve.more_seeds",
+    "searches",
     "grpo.prompts",
     "grpo.group_size",
     "grpo.updates",
@@ -57,7 +80,7 @@ AT_LEAST_ONE = (
 )
 ABOVE_ZERO = tuple(
     f"{stage}.optimizer.{field}"
-    for stage in ("sft", "grpo", "ppm")
+    for stage in STAGES
     for field in ("learning_rate", "muon_learning_rate")
 )
 
@@ -73,6 +96,7 @@ def check(config: Any) -> None:
         *_updates(config),
         *_evaluation(config),
         *_search(config),
+        *(_record(name, get(config, name), make) for name, make in RECORDS.items()),
     ]
     wrong = [line for line in wrong if line]
     if wrong:
@@ -94,6 +118,16 @@ def _choice(name: str, value: Any, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(str(value), known, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"config.{name} is {value!r}; {hint}known: {', '.join(known)}"
+
+
+def _record(name: str, section: Any, make: Callable[..., Any]) -> str:
+    if section is None:
+        return ""
+    try:
+        make(**section.to_dict())
+    except (TypeError, ValueError) as error:
+        return f"config.{name}: {error}"
+    return ""
 
 
 def _at_least(name: str, value: Any, least: int) -> str:

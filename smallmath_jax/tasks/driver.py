@@ -16,6 +16,7 @@ import numpy as np
 
 from smallmath_jax.data.prompts import GRAMMARS, stop_sequences
 from smallmath_jax.data.tokens import decode, encode_after
+from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, Prompt, Sampling
 from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.search.settings import SearchSettings
@@ -213,6 +214,7 @@ class Driver:
                 for task in [task for task in running if task.done()]:
                     running.discard(task)
                     finished(task.result())
+                    hosts.beat("a search")
                 if not self._advance() and running:
                     await self._wait()
             return False
@@ -248,9 +250,13 @@ class Driver:
         asked, self._asked = self._asked, []
         if asked:
             self._answer(asked)
+            hosts.beat("scoring")
         if not self._owners:
             return bool(asked)
-        for ticket, rollout in self.engine.step():
+        done = self.engine.step()
+        if done:  # a server that does not answer is no progress
+            hosts.beat("sampling")
+        for ticket, rollout in done:
             group, index = self._owners.pop(ticket)
             if isinstance(rollout, Exception):  # of a server; the search that asked ends by it
                 if not group.done.done():
@@ -269,10 +275,10 @@ class Driver:
         raw = dict(zip(fits, engine.scores([place.judged for place in fits]), strict=True))
         for places, done in asked:
             if not done.done():
-                squashed = [
-                    math.tanh(raw[place] / squash) if place in raw else WORST for place in places
+                scores = [
+                    squashed(raw[place], squash) if place in raw else WORST for place in places
                 ]
-                done.set_result(squashed)
+                done.set_result(scores)
 
     def _candidate(self, rollout: Rollout) -> Candidate:
         return Candidate(
@@ -281,6 +287,11 @@ class Driver:
             log_prob=float(rollout.log_probs.sum()),
             stop_reason=rollout.stop_reason,
         )
+
+
+def squashed(raw: float, squash: float) -> float:
+    """A raw value as a score in [-1, 1]."""
+    return math.tanh(raw / squash)
 
 
 def same_answer(first: str, second: str) -> bool:

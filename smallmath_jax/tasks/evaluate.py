@@ -39,7 +39,7 @@ from smallmath_jax.tasks.policy import (
 )
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
 from smallmath_jax.tasks.sources import load_sources
-from smallmath_jax.train.loop import Progress, StopSignal
+from smallmath_jax.train.loop import Progress, StopSignal, StopTogether
 from smallmath_jax.verify.grader import Grader
 
 PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
@@ -127,7 +127,7 @@ def evaluate(
 
     What another policy, or other prompts or settings, left in `folder` is dropped first; `source` tells people where
     this policy comes from.
-    After a signal to `stop` it leaves with the signal's exit code once the part under way is on disk.
+    After a signal to `stop` all hosts leave with the signal's exit code, each once its part under way is on disk.
 
     Returns:
       report.metrics.summarise of all completions: accuracy, n, ci, by_level, by_subject, by_set, greedy, sampled.
@@ -147,9 +147,8 @@ def evaluate(
         f"evaluate {folder.name}" if prefix is None else f"evaluate {folder.name} after {prefix!r}"
     )
     bar = Progress(len(mine), title, quiet=not mine or host != 0)
-    correct = seen = 0
-    started = time.perf_counter()
-    tokens = 0
+    correct = seen = tokens = evaluated = 0
+    started, together = time.perf_counter(), StopTogether(stop)
     with Grader() as grader, hosts.watchdog(config.watchdog_s):
         for first in range(0, len(mine), PART_ROWS):
             chunk = mine[first : first + PART_ROWS]
@@ -157,9 +156,10 @@ def evaluate(
             for index, rollouts in run_requests(engine, _asked(chunk, policy, config)):
                 rows += _grade(chunk, index, rollouts, policy, config, grader, step)
                 tokens += sum(len(rollout.token_ids) for rollout in rollouts)
+                together.asked()  # often, or the other hosts wait for this one
             rows.sort(key=lambda row: (row.problem_id, row.extra["decoding"], row.sample))
             correct += sum(row.verdict == "correct" for row in rows)
-            seen += len(rows)
+            seen, evaluated = seen + len(rows), evaluated + len(chunk)
             number = (
                 len(list((folder / "completions").glob("*.jsonl")))
                 if (folder / "completions").exists()
@@ -167,15 +167,16 @@ def evaluate(
             )
             write_part(folder / "completions", f"{step:08d}-{number:05d}-host{host}.jsonl", rows)
             rate = tokens / (time.perf_counter() - started)
-            if stop is not None and stop.requested:
-                bar.close()
-                runs.say(f"{title}: stopped, what is done is kept; the same command continues")
-                sys.exit(stop.exit_code)
             bar.advance(
                 len(chunk), right_of_all_sets=f"{correct / max(seen, 1):.1%}", **{"tok/s": rate}
             )
-    bar.close()
-    hosts.barrier(f"evaluate {folder.name}")
+            if together.asked():
+                break
+        bar.close()
+        code = together.finish(done=evaluated == len(mine))
+    if code:
+        runs.say(f"{title}: stopped, what is done is kept; the same command continues")
+        sys.exit(code)
     return _summary(folder, config, dropped)
 
 

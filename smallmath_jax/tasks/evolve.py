@@ -3,6 +3,7 @@
     WORKDIR/bootstrap/                                  the first policy, where it is fine-tuned here
     WORKDIR/round_0/evaluate/                           what it can do
     WORKDIR/round_K/{search,select,sft,ppm,evaluate}/   round K; each folder has a done.json when it is finished
+    WORKDIR/round_K/{orm,pqm}/                          its preference model's rivals, where they are asked for
     WORKDIR/evolution.json, report/                     what the report shows of the rounds
 
 One command runs it all or continues it. Round K searches with the policy and preference model of round K - 1, trains
@@ -23,13 +24,26 @@ from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, draw_key, read_parts, to_json, write_text
 from smallmath_jax.report import evolution, pages
-from smallmath_jax.tasks import ballots, evaluate, evolve_trees, export, ppm, runs, sft, stages
+from smallmath_jax.tasks import (
+    ballots,
+    checks,
+    evaluate,
+    evolve_rivals,
+    evolve_trees,
+    export,
+    ppm,
+    runs,
+    sft,
+    stages,
+)
 from smallmath_jax.tasks.driver import open_host
 from smallmath_jax.tasks.evolve_stages import (
+    SAMPLERS,
     Bench,
     evaluate_stage,
     lessons_of,
     manifest,
+    round_settings,
     search_stage,
     select_stage,
 )
@@ -41,9 +55,9 @@ from smallmath_jax.tasks.policy import (
     prompts_for,
     restore_model,
 )
-from smallmath_jax.tasks.search import read_trees
 from smallmath_jax.tasks.server import settings_of
 from smallmath_jax.tasks.sources import training_problems
+from smallmath_jax.tasks.tree_parts import Entry, find_trees, iter_trees
 from smallmath_jax.train.loop import StopSignal
 
 
@@ -64,8 +78,9 @@ def run(config: Any, workdir: str) -> None:
         tell(bench, 0, evaluate_stage(bench, 0, policy, None, final=False))
         for number in range(1, config.evolve.rounds + 1):
             policy, judge = one_round(bench, number, base, policy, judge, pool)
-            write_evolution(bench, number)
-            pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
+            if hosts.host_index() == 0:
+                write_evolution(bench, number)
+                pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
         if config.export:
             export.export_policy(policy, this_run.workdir / "export")
             if judge is not None:
@@ -74,7 +89,8 @@ def run(config: Any, workdir: str) -> None:
 
 
 def check(config: Any) -> None:
-    """Raises ValueError for rounds that are not all described, before anything is loaded."""
+    """Raises ValueError for rounds that are not all described or not as they must be, before anything is loaded."""
+    checks.check(config)
     evolve = config.evolve
     for name in ("rollouts", "candidates", "guidance", "max_errors"):
         if len(getattr(evolve, name)) < evolve.rounds:
@@ -83,8 +99,21 @@ def check(config: Any) -> None:
             )
     if evolve.guidance[0] == "ppm":
         raise ValueError("evolve.guidance: the first round has no preference model, use 'terminal'")
+    if evolve.sampler not in SAMPLERS:
+        raise ValueError(f"evolve.sampler={evolve.sampler!r}: known are {', '.join(SAMPLERS)}")
+    if evolve.sampler == "chains" and evolve.selection == "step_verified":
+        raise ValueError(
+            "evolve.selection='step_verified' reads the Q-values of a search, and evolve.sampler='chains' draws "
+            "without one; choose 'rejection' or 'random'"
+        )
+    for number in range(1, evolve.rounds + 1):
+        try:
+            round_settings(config, number)
+        except ValueError as error:
+            raise ValueError(f"config.evolve, round {number}: {error}") from error
     if config.bootstrap.base_url:
         settings_of(config.bootstrap)
+    evolve_rivals.check(config)
     if not 0 <= config.bootstrap.shots <= len(EXAMPLES):
         raise ValueError(f"bootstrap.shots={config.bootstrap.shots}: from 0 to {len(EXAMPLES)}")
     if evolve.start not in ("previous", "base"):
@@ -163,6 +192,7 @@ def one_round(
     judge = train_judge(bench, number, policy, pool)
     final = number == config.evolve.rounds
     tell(bench, number, evaluate_stage(bench, number, policy, judge, final))
+    train_rivals(bench, number, policy, pool)
     return policy, judge
 
 
@@ -210,16 +240,23 @@ def fine_tune(bench: Bench, number: int, start: Policy, pool: Sequence[Problem])
     )
 
 
-def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Problem]) -> Policy:
-    """The preference model of a round: the round's policy with a value head, on the pairs of the last rounds."""
-    config, folder = bench.config, bench.round_folder(number) / "ppm"
+def train_judge(
+    bench: Bench, number: int, policy: Policy, pool: Sequence[Problem], name: str = "ppm"
+) -> Policy:
+    """The preference model of a round: the round's policy with a value head, on the pairs of the last rounds.
+
+    `name`: of its folder.
+    """
+    config, folder = bench.config, bench.round_folder(number) / name
     first = max(1, number + 1 - config.evolve.pair_rounds) if config.evolve.pair_rounds else 1
     rounds = [bench.round_folder(k) for k in range(first, number + 1)]
     pairs, examples = [], []
     if not stages.is_done(folder):
         pairs = [pair for one in rounds for pair in ppm.read_pairs(one / "select" / "pairs")]
         if config.ppm.loss != "ppm":
-            trees = [tree for one in rounds for tree in read_trees([one / "search" / "trees"])]
+            trees = iter_trees(
+                found for one in rounds for found in find_trees([one / "search" / "trees"])
+            )
             examples = ppm.examples_of(trees, config.ppm.loss)
     needed = {pair.problem_id for pair in pairs} | {one.problem_id for one in examples}
     problems = [problem for problem in pool if problem.id in needed]
@@ -235,6 +272,15 @@ def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Proble
         bench.stop,
         title=title,
     )
+
+
+def train_rivals(bench: Bench, number: int, policy: Policy, pool: Sequence[Problem]) -> None:
+    """The reward models beside a round's own (`config.evolve.also_train`), and their scores of its evaluation."""
+    for loss in evolve_rivals.losses_of(bench.config, number):
+        if evolve_rivals.scored(bench, number, loss) is None:
+            other = dataclasses.replace(bench, config=evolve_rivals.with_loss(bench.config, loss))
+            model = train_judge(other, number, policy, pool, name=loss)
+            evolve_rivals.score_stage(bench, number, loss, model)
 
 
 # ---- what is told
@@ -255,8 +301,6 @@ def tell(bench: Bench, number: int, found: dict[str, Any]) -> None:
 
 def write_evolution(bench: Bench, last: int) -> None:
     """WORKDIR/evolution.json of the rounds so far, in the form that report.evolution states; tree pages of the last."""
-    if hosts.host_index() != 0:
-        return
     root = bench.root
     rows = [round_row(bench, number) for number in range(last + 1)]
     fields = dict.fromkeys(name for row in reversed(rows) for name in row)
@@ -271,6 +315,11 @@ def write_evolution(bench: Bench, last: int) -> None:
     }
     record |= evolve_trees.tell_trees(bench, last)
     write_text(root / "evolution.json", json.dumps(json.loads(to_json(record)), indent=1))
+
+
+def first_trees(bench: Bench, number: int) -> list[Entry]:
+    """The trees of a round's first pass, before any problem was given more rollouts."""
+    return find_trees([bench.round_folder(number) / "search" / "trees"])
 
 
 def round_row(bench: Bench, number: int) -> dict[str, Any]:
@@ -314,7 +363,8 @@ def round_row(bench: Bench, number: int) -> dict[str, Any]:
         row["held_out_pair_accuracy"] = json.loads(judged.read_text())["held_out_accuracy"]
     if found.get("auc"):
         row["ppm_auc"], row["log_prob_auc"] = found["auc"]["auc"], found["auc_log_prob"]["auc"]
-    extra = ("unsolved_first", "tried_more", "solved_by_control", "occupancy", "tokens_per_second")
+    extra = ("unsolved_first", "tried_twice", "tried_more", "failed")
+    extra += ("occupancy", "tokens_per_second")
     row |= {
         name: searched[name] for name in searched if name in extra or name.startswith("solved_by_")
     }
@@ -334,12 +384,13 @@ def by_set(sets: dict[str, dict[str, Any]], headline: str) -> dict[str, Any]:
 
 
 def coverage_so_far(bench: Bench, number: int) -> dict[str, Any]:
-    """Training problems with a right trajectory in any round so far: their share, and by source level."""
+    """Training problems with a right trajectory in any round so far: their share, and by level or set."""
     solved, levels = set(), {}
     for k in range(1, number + 1):
         solved |= set(manifest(bench.round_folder(k) / "select")["solved_ids"])
-        for row in read_parts(bench.round_folder(k) / "search" / "trees"):
-            levels[row["problem_id"]] = "unknown" if row["level"] is None else str(row["level"])
+        levels |= {entry.problem_id: entry.group for entry in first_trees(bench, k)}
+    if not all(level.isdigit() for level in levels.values()):  # beside names of sets
+        levels = {k: f"level {one}" if one.isdigit() else one for k, one in levels.items()}
     asked, right = Counter(levels.values()), Counter(levels[name] for name in solved)
     by_level = {level: ballots.share(right[level], asked[level]) for level in sorted(asked)}
     share = ballots.share(len(solved), len(levels))
@@ -357,4 +408,5 @@ def reward_row(bench: Bench, number: int) -> dict[str, Any]:
         ballots.BOTH: f"+ {bench.config.ppm.loss.upper()} and log-probability",
         ballots.WEIGHTED: f"+ {bench.config.ppm.loss.upper()}-weighted vote",
     }
-    return row | {names[name]: one for name, one in found["at_n"].items()}
+    row |= {names[name]: one for name, one in found["at_n"].items()}
+    return row | evolve_rivals.row(bench, number)

@@ -1,5 +1,8 @@
 """The stages of a round: search, select, evaluate. Each writes a folder and, at its end, done.json beside its data.
 
+Every host runs every stage and does its share of it; what depends on files is decided by host 0. Trees pass one
+problem at a time: a round of some hundred thousand need not fit in memory.
+
 A stage whose done.json is there returns what it says; one that was cut short goes on where it stopped. Fine-tuning and
 the preference model are stages of `sft` and `ppm`.
 """
@@ -9,7 +12,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,27 +33,39 @@ from smallmath_jax.records import (
     write_text,
 )
 from smallmath_jax.search import select
-from smallmath_jax.search.mcts import search_seeds
+from smallmath_jax.search.beam import sample_chains
+from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.pairs import PairSettings
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.vote import Scale, scale_of
 from smallmath_jax.tasks import chains, evolve_measures, ppm, runs, searched
 from smallmath_jax.tasks.driver import Driver, Host, Judge
+from smallmath_jax.tasks.evolve_checks import Checked, checked, count_failed, has_right
 from smallmath_jax.tasks.local import open_local
 from smallmath_jax.tasks.policy import Policy, prompts_for
-from smallmath_jax.tasks.recheck import recheck, relabel
 from smallmath_jax.tasks.rollouts import engine_weights, make_engine
 from smallmath_jax.tasks.search import (
     drawing,
     grow_trees,
     make_judge,
-    read_trees,
     search_settings,
 )
 from smallmath_jax.tasks.server import Client, ServerEngine, settings_of
+from smallmath_jax.tasks.tree_parts import (
+    FAILED,
+    Entry,
+    Rows,
+    agreed,
+    by_problem,
+    find_trees,
+    iter_trees,
+    my_block,
+    read_tree,
+)
 from smallmath_jax.train.loop import StopSignal
 
 DONE = "done.json"
+SECOND = "second"  # folder of the second pass over what the first left unsolved
 
 
 @dataclasses.dataclass
@@ -93,6 +109,11 @@ def manifest(folder: epath.Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def agreed_manifest(folder: epath.Path) -> dict[str, Any] | None:
+    """`manifest` as host 0 sees it, so that all hosts do the stage or none; every host must call this together."""
+    return hosts.broadcast(manifest(folder) if hosts.host_index() == 0 else None)
+
+
 def write_manifest(folder: epath.Path, record: Mapping[str, Any], started: float) -> dict[str, Any]:
     """Marks a stage as finished. `wall_s` is of its last start."""
     record = {**record, "wall_s": round(time.time() - started, 1)}
@@ -114,9 +135,35 @@ def round_settings(config: Any, number: int) -> SearchSettings:
         round=number,
         rollouts=evolve.rollouts[number - 1],
         candidates=evolve.candidates[number - 1],
-        guidance=evolve.guidance[number - 1],
+        guidance=guidance_of(config, number),
         max_errors=evolve.max_errors[number - 1],
     )
+
+
+def guidance_of(config: Any, number: int) -> str:
+    """What guides a round's search; whole trajectories without search are guided by nothing."""
+    return config.evolve.guidance[number - 1] if config.evolve.sampler == "mcts" else "terminal"
+
+
+async def plain_samples(
+    problem: Problem,
+    root: Any,
+    *,
+    settings: SearchSettings,
+    tree: Tree | None = None,
+    **callables: Any,
+) -> Tree:
+    """As many independent trajectories as a search would take rollouts, in a tree that branches at its root alone.
+
+    A tree that goes on is drawn again from its start: the same keys give its trajectories once more, then new ones.
+    """
+    count = settings.rollouts
+    return await sample_chains(problem, root, count=count, settings=settings, **callables)
+
+
+# `config.evolve.sampler` -> where a round's trajectories come from. The baselines of the ablation of SFT data (section
+# 9.1: random sampling, rejection sampling) draw them without search.
+SAMPLERS: dict[str, Callable[..., Any]] = {"mcts": search, "chains": plain_samples}
 
 
 def search_stage(
@@ -124,7 +171,7 @@ def search_stage(
 ) -> dict[str, Any]:
     """Searches the round's problems, then those left unsolved with more rollouts (section 3.4.4)."""
     folder = bench.round_folder(number) / "search"
-    if found := manifest(folder):
+    if found := agreed_manifest(folder):
         return found
     started = time.time()
     problems = searchable(bench.config, number, problems)
@@ -140,7 +187,7 @@ def round_driver(
     """What a round searches with: the policy, or in round 1 the server or local model that `bootstrap` names."""
     config, bootstrap = bench.config, bench.config.bootstrap
     if number > 1 or not (bootstrap.base_url or bootstrap.model):
-        guided = config.evolve.guidance[number - 1] == "ppm"
+        guided = guidance_of(config, number) == "ppm"
         yield bench.driver(policy, judge if guided else None, number - 1)
         return
     asked = drawing(config)
@@ -182,12 +229,19 @@ def _search_round(
         config,
         stop=bench.stop,
         title=f"round {number} {name}",
+        walk=SAMPLERS[config.evolve.sampler],
         **more,
     )
     by_id = {problem.id: problem for problem in problems}
     rates = grow(problems, settings, "trees")
     left = _unsolved(bench, folder, ["trees"], by_id)
     record: dict[str, Any] = {"problems": len(problems), "unsolved_first": len(left)} | rates
+    if config.evolve.second_pass and left:
+        again = dataclasses.replace(settings, seed=search_seeds(config.seed, 2)[1])
+        grow(left, again, SECOND)
+        still = _unsolved(bench, folder, [SECOND], {one.id: one for one in left})
+        record |= {"tried_twice": len(left), "solved_by_second_pass": len(left) - len(still)}
+        left = still
     if number >= config.evolve.more_from and config.evolve.more and left:
         tried = left[: config.evolve.more_problems or None]
         if config.evolve.control:
@@ -197,67 +251,46 @@ def _search_round(
             record |= {"tried_more": len(tried), "solved_by_control": len(tried) - len(missed)}
         for total in config.evolve.more:
             some = {problem.id: problem for problem in tried}
-            earlier = {one.problem_id: one for one in _trees(folder) if one.seed == settings.seed}
-            more = dataclasses.replace(settings, rollouts=total)
-            grow(tried, more, f"more_{total}", earlier=earlier, searches=config.evolve.more_seeds)
+            before = {entry.key: entry for entry in find_trees(_tree_folders(folder))}
+            more = dataclasses.replace(settings, rollouts=total, widen=True)
+            grow(
+                tried,
+                more,
+                f"more_{total}",
+                earlier=_reader(before),
+                searches=config.evolve.more_seeds,
+            )
             tried = _unsolved(bench, folder, [f"more_{total}"], some)
             record[f"solved_by_{total}"] = len(some) - len(tried)
+    record["failed"] = count_failed(find_trees(_tree_folders(folder)), f"round {number} search")
     return record
+
+
+def _reader(entries: Mapping[tuple[str, int], Entry]) -> Callable[[str, int], Tree | None]:
+    """(problem id, seed) -> the tree that goes on; one that failed is searched from its start."""
+
+    def read(problem_id: str, seed: int) -> Tree | None:
+        entry = entries.get((problem_id, seed))
+        return None if entry is None or entry.stopped == FAILED else read_tree(entry)
+
+    return read
 
 
 def _tree_folders(folder: epath.Path) -> list[epath.Path]:
     """Folders of trees in the order in which later ones stand in for earlier ones; the control is none of them."""
     more = sorted(folder.glob("more_*"), key=lambda path: int(path.name.removeprefix("more_")))
-    return [folder / "trees", *more]
-
-
-def _trees(folder: epath.Path) -> list[Tree]:
-    return read_trees(_tree_folders(folder))
+    second = [folder / SECOND] if (folder / SECOND).exists() else []
+    return [folder / "trees", *second, *more]
 
 
 def _unsolved(
     bench: Bench, folder: epath.Path, names: Iterable[str], problems: Mapping[str, Problem]
 ) -> list[Problem]:
     """The problems none of whose trees in these folders holds a right answer that is right by reasoning."""
-    trees, _ = checked_trees(bench, folder, [folder / name for name in names], problems)
-    solved = {tree.problem_id for tree in trees if has_right(tree)}
+    folders = [folder / name for name in names]
+    entries = agreed(find_trees(folders), f"{folder} {names}")
+    solved = checked(bench.host, bench.config, folder, folders, entries, problems).solved(entries)
     return [problem for problem in problems.values() if problem.id not in solved]
-
-
-def checked_trees(
-    bench: Bench,
-    folder: epath.Path,
-    folders: Sequence[epath.Path],
-    problems: Mapping[str, Problem],
-) -> tuple[list[Tree], dict[str, int]]:
-    """Trees with lucky answers relabelled. What was found is kept in FOLDER/checks, so programs run once."""
-    name = "+".join(path.name for path in folders)
-    path = folder / "checks" / f"{name}.json"
-    trees = read_trees(folders)
-    if path.exists():
-        found = json.loads(path.read_text())
-        lucky = {(row["problem_id"], row["seed"]): row["tags"] for row in found["lucky"]}
-        trees = [relabel(tree, lucky.get((tree.problem_id, tree.seed), ())) for tree in trees]
-        return trees, found["counts"]
-    after, counts = recheck(trees, problems, bench.host, bench.config.evolve.instances)
-    rows = [
-        {"problem_id": tree.problem_id, "seed": tree.seed, "tags": _changed(tree, new)}
-        for tree, new in zip(trees, after, strict=True)
-    ]
-    found = {"counts": counts, "lucky": [row for row in rows if row["tags"]]}
-    if hosts.host_index() == 0:
-        write_text(path, json.dumps(found))
-    hosts.barrier(f"checked {folder} {name}")
-    return after, counts
-
-
-def _changed(before: Tree, after: Tree) -> list[str]:
-    pairs = zip(before.nodes, after.nodes, strict=True)
-    return [old.tag for old, new in pairs if old.verdict != new.verdict]
-
-
-def has_right(tree: Tree) -> bool:
-    return any(node.verdict == "correct" for node in tree.nodes)
 
 
 # ---- select
@@ -266,36 +299,69 @@ def has_right(tree: Tree) -> bool:
 def select_stage(bench: Bench, number: int, problems: Sequence[Problem]) -> dict[str, Any]:
     """From the round's trees: trajectories to fine-tune on, preference pairs, what was solved, difficulty, coverage."""
     folder = bench.round_folder(number) / "select"
-    if found := manifest(folder):
+    if found := agreed_manifest(folder):
         return found
     started = time.time()
     config, searched = bench.config, bench.round_folder(number) / "search"
+    folders = _tree_folders(searched)
     by_id = {problem.id: problem for problem in problems}
-    trees, counts = checked_trees(bench, searched, _tree_folders(searched), by_id)
-    groups: dict[str, list[Tree]] = {}
-    for tree in trees:
-        groups.setdefault(tree.problem_id, []).append(tree)
-    mistrusted = [name for name in groups if is_noise(by_id.get(name), groups[name])]
-    for name in mistrusted:
-        del groups[name]
-    chosen = [one for group in groups.values() for one in trajectories_of(group, config)]
-    medium = [
-        tree for group in groups.values() if select.difficulty(group) == "medium" for tree in group
-    ]
-    lengths = {tree.problem_id: 0 for tree in medium}
-    pairs, pair_counts = ppm.pairs_of(medium, PairSettings(**config.pairs.to_dict()), lengths)
-    solved = sorted(name for name, group in groups.items() if any(map(has_right, group)))
-    if hosts.host_index() == 0:
-        write_part(folder / "sft", "00000.jsonl", [trajectory_row(one) for one in chosen])
-        write_part(folder / "pairs", "00000.jsonl", pairs)
-    record = select.summary(trees) | counts | {"pairs": pair_counts, "pairs_kept": len(pairs)}
-    record |= {"sft_examples": len(chosen), "solved_ids": solved, "label_noise": len(mistrusted)}
-    record["asked_ids"] = sorted({tree.problem_id for tree in trees})
-    record["by_stop"] = {
-        reason: sum(tree.stopped == reason for tree in trees)
-        for reason in sorted({tree.stopped for tree in trees})
-    }
+    entries = agreed(find_trees(folders), str(searched))
+    found = checked(bench.host, config, searched, folders, entries, by_id)
+    _drop_parts(folder)
+    with hosts.watchdog(bench.config.watchdog_s):
+        told = hosts.gather(_select_share(bench, folder, my_block(entries), found, by_id))
+    total = lambda name: sum((Counter(one[name]) for one in told), Counter())
+    chosen = total("chosen")
+    record = select.summary_of(total("summary")) | found.counts
+    record |= {"pairs": dict(total("pairs")), "pairs_kept": chosen["pairs"]}
+    record["sft_examples"] = chosen["sft"]
+    record["solved_ids"] = [name for one in told for name in one["solved"]]
+    record["label_noise"] = chosen["noise"]
+    record["asked_ids"] = sorted({entry.problem_id for entry in entries})
+    record["by_stop"] = dict(sorted(Counter(entry.stopped for entry in entries).items()))
     return write_manifest(folder, record, started)
+
+
+def _drop_parts(folder: epath.Path) -> None:
+    """What a start that was cut short left behind: with another number of hosts it would stay."""
+    if hosts.host_index() == 0:
+        for name in ("sft", "pairs"):
+            for part in (folder / name).glob("*.jsonl") if (folder / name).exists() else ():
+                part.unlink()
+    hosts.barrier(f"dropped {folder}")
+
+
+def _select_share(
+    bench: Bench,
+    folder: epath.Path,
+    entries: Sequence[Entry],
+    found: Checked,
+    problems: Mapping[str, Problem],
+) -> dict[str, Any]:
+    """Writes this host's trajectories and pairs; returns its counts and the problems it found solved, in order."""
+    config = bench.config
+    settings = PairSettings(**config.pairs.to_dict())
+    summary, pair_counts, chosen = Counter(), Counter(), Counter()
+    solved = []
+    with Rows(folder / "sft") as lessons, Rows(folder / "pairs") as pairs:
+        for group in by_problem(iter_trees(entries)):
+            group = [found.relabelled(tree) for tree in group]
+            summary.update(select.counts_of(group))
+            hosts.beat("selecting")
+            if is_noise(problems.get(group[0].problem_id), group):
+                chosen["noise"] += 1
+                continue
+            best = trajectories_of(group, config)
+            lessons.add(trajectory_row(one, group[0]) for one in best)
+            made, counted = [], {}
+            if select.difficulty(group) == "medium":
+                made, counted = ppm.pairs_of(group, settings, {})
+            pairs.add(made)
+            pair_counts.update(counted)
+            chosen.update(sft=len(best), pairs=len(made))
+            if any(map(has_right, group)):
+                solved.append(group[0].problem_id)
+    return {"summary": summary, "pairs": pair_counts, "chosen": chosen, "solved": solved}
 
 
 def is_noise(problem: Problem | None, group: Sequence[Tree]) -> bool:
@@ -318,10 +384,13 @@ def trajectories_of(group: Sequence[Tree], config: Any) -> list[select.Trajector
     return unique[:count]
 
 
-def trajectory_row(one: select.Trajectory) -> dict[str, Any]:
-    """A line of sft/*.jsonl."""
+def trajectory_row(one: select.Trajectory, tree: Tree) -> dict[str, Any]:
+    """A line of sft/*.jsonl; `tree`: any of its problem, which tells where the problem comes from."""
     return {
         "problem_id": one.problem_id,
+        "source": tree.source,
+        "origin": tree.extra.get("origin", ""),
+        "licence": tree.extra.get("licence", ""),
         "token_ids": one.token_ids,
         "written": [int(flag) for flag in one.written],
         "mean_q": one.mean_q,
@@ -359,14 +428,14 @@ def evaluate_stage(
 ) -> dict[str, Any]:
     """Measures the round's policy on the held-out problems: trajectories without search and, with a judge, trees."""
     folder = bench.round_folder(number) / "evaluate"
-    if found := manifest(folder):
+    if found := agreed_manifest(folder):
         return found
     started = time.time()
     config = bench.config
     samples = config.eval.final_samples if final else config.eval.samples
     driver = bench.driver(policy, judge, number)
     kept, prompts, left_out = prompts_for(bench.tests, policy, config)
-    whole = chains.sample_all(
+    code = chains.sample_all(
         driver,
         list(zip(kept, prompts, strict=True)),
         folder / "completions",
@@ -374,12 +443,12 @@ def evaluate_stage(
         seed=config.seed,
         stop=bench.stop,
         max_tokens=config.eval.sampling.max_tokens,
+        watchdog_s=config.watchdog_s,
         title=f"round {number} evaluate",
     )
-    if not whole:
+    if code:
         runs.say("evaluation stopped, what is finished is saved; the same command continues")
-        sys.exit(bench.stop.exit_code)
-    hosts.barrier(f"completions {folder}")
+        sys.exit(code)
     rows = list(read_parts(folder / "completions"))
     scale = None if judge is None else bench.scale()
     record = evolve_measures.chain_measures(rows, config.eval.samples, scale)
@@ -426,12 +495,10 @@ def _keep_verdicts(groups: searched.Groups, folder: epath.Path) -> None:
     hosts.barrier(f"verdicts {folder}")
 
 
-def graded_trees(folder: epath.Path) -> list[Tree]:
-    """The trees of an evaluation, with the verdicts that were given afterwards. [] where nothing was searched."""
+def graded_trees(folder: epath.Path) -> Iterator[Tree]:
+    """The trees of an evaluation, with the verdicts that were given afterwards; none where nothing was searched."""
     verdicts: dict[str, dict[str, str]] = {}
     for row in read_parts(folder / "verdicts"):
         verdicts.setdefault(row["problem_id"], {})[row["answer"]] = row["verdict"]
-    return [
-        evolve_measures.graded(tree, verdicts.get(tree.problem_id, {}))
-        for tree in read_trees([folder / "trees"])
-    ]
+    for tree in iter_trees(find_trees([folder / "trees"])):
+        yield evolve_measures.graded(tree, verdicts.get(tree.problem_id, {}))

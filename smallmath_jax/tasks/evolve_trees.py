@@ -14,7 +14,7 @@ from smallmath_jax.records import Tree
 from smallmath_jax.report import insights
 from smallmath_jax.report.trees import page_name, write_tree_index
 from smallmath_jax.tasks.evolve_stages import Bench, graded_trees
-from smallmath_jax.tasks.search import read_trees
+from smallmath_jax.tasks.tree_parts import read_trees
 
 SHOWN_TREES = 200  # of the last round, as pages, beside those of the examples
 FOLDERS = {"search": "trees", "evaluate": "trees_held_out"}  # stage -> folder of its pages

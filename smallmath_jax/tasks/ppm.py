@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -19,7 +20,7 @@ from smallmath_jax.parallel import hosts, rules
 from smallmath_jax.records import PreferencePair, Problem, Tree, read_parts, write_part, write_text
 from smallmath_jax.report import pages
 from smallmath_jax.search.pairs import PairSettings, preference_pairs
-from smallmath_jax.search.select import ValueExample, orm_examples, pqm_examples
+from smallmath_jax.search.select import EXAMPLES, ValueExample
 from smallmath_jax.tasks import runs, stages, training
 from smallmath_jax.tasks.judged import (
     Batches,
@@ -37,20 +38,15 @@ from smallmath_jax.tasks.policy import (
     prompts_for,
     restore_model,
 )
-from smallmath_jax.tasks.search import read_trees
+from smallmath_jax.tasks.tree_parts import read_trees
 from smallmath_jax.train import step as steps
 from smallmath_jax.train.loop import StopSignal
-
-EXAMPLES = {"orm": orm_examples, "pqm": pqm_examples}
-LOSSES = ("ppm", *EXAMPLES)
 
 
 def run(config: Any, workdir: str) -> None:
     """Trains `config.ppm.loss` on the trees of `config.trees`; pairs/ and the checkpoints go into WORKDIR."""
     with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
         mesh = make_mesh(config)
-        if config.ppm.loss not in LOSSES:
-            raise ValueError(f"ppm.loss={config.ppm.loss!r}: known are {', '.join(LOSSES)}")
         trees = read_trees(config.trees)
         if not trees:
             raise ValueError(
@@ -101,7 +97,7 @@ def pairs_of(
     return pairs, dict(counts)
 
 
-def examples_of(trees: SequenceOf[Tree], loss: str) -> list[ValueExample]:
+def examples_of(trees: Iterable[Tree], loss: str) -> list[ValueExample]:
     """The examples of a PQM or ORM; a PPM has none."""
     read = EXAMPLES.get(loss)
     return [example for tree in trees for example in read(tree)] if read else []

@@ -31,7 +31,7 @@ def recheck(
     for tree in trees:
         problem = problems.get(tree.problem_id)
         answers = [node for node in tree.nodes if node.verdict == "correct"]
-        if problem is None or problem.source != "tiny" or not instances:
+        if not can_check(problem) or not instances:
             answers = []
         right.append([(node.tag, (tree.problem_id, _program(tree, node))) for node in answers])
         for _, key in right[-1]:
@@ -47,6 +47,11 @@ def recheck(
     checked = sum(map(len, right))
     wrong = sum(key in lucky for found in right for _, key in found)
     return relabelled, {"right_answers": checked, "lucky": wrong}
+
+
+def can_check(problem: Problem | None) -> bool:
+    """Whether the problem can be drawn again with other numbers."""
+    return problem is not None and problem.source == "tiny"
 
 
 async def _lucky(asked: Mapping[Any, list[tuple[str, str]]], host: Host) -> set[Any]:

@@ -160,13 +160,13 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
         yield f"{name} (was {before!r}, now {now!r})"
 
 
-def note_data(folder: epath.Path, sources: str, counts: dict[str, Any]) -> None:
+def note_data(folder: epath.Path, told: dict[str, Any]) -> None:
     """Keeps what became of training sources in the config.json of a run, given its folder or that of its SFT stage."""
     if hosts.host_index() == 0:
         places = (folder / "config.json", folder.parent / "config.json")
         path = next(place for place in places if place.exists())
         record = json.loads(path.read_text())
-        record["training_data"] = {**record.get("training_data", {}), sources: counts}
+        record["training_data"] = {**record.get("training_data", {}), **told}
         write_text(path, json.dumps(record, indent=1))
 
 

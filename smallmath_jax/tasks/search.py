@@ -2,15 +2,15 @@
 
 WORKDIR/trees/NUMBER-hostH.jsonl hold the finished trees, WORKDIR/report/trees shows them. Killed at any moment and
 started again, problems whose trees are there are not searched again, and the others give the trees they would have
-given (law 6); a tree does not depend on what else was searched beside it (law 5).
+given (law 6); a tree does not depend on what else was searched beside it (law 5). A search that failed is tried again.
 """
 
 import asyncio
 import dataclasses
 import json
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,12 @@ from etils import epath
 
 from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.parallel import hosts
-from smallmath_jax.records import Problem, Prompt, Tree, read_parts, to_json, write_part, write_text
+from smallmath_jax.records import Problem, Prompt, Tree, to_json, write_text
 from smallmath_jax.report.trees import write_tree_index
 from smallmath_jax.rollout.engine import Engine
 from smallmath_jax.search import select
 from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.settings import SearchSettings
-from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.search.vote import Scale, scale_of
 from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.completions import image_link
@@ -41,12 +40,8 @@ from smallmath_jax.tasks.policy import (
 )
 from smallmath_jax.tasks.rollouts import make_engine, sampling_of
 from smallmath_jax.tasks.sources import training_problems
-from smallmath_jax.train.loop import Progress, StopSignal
-
-# A part is published when it holds so many trees, or when the first of them has waited so long: what a kill can cost,
-# beside what was under way
-PART_TREES = 64
-PART_SECONDS = 30.0
+from smallmath_jax.tasks.tree_parts import FAILED, Parts, by_problem, find_trees, iter_trees
+from smallmath_jax.train.loop import Progress, StopSignal, StopTogether
 
 
 def run(config: Any, workdir: str) -> None:
@@ -62,21 +57,15 @@ def run(config: Any, workdir: str) -> None:
         judge = load_judge(config.judge, policy, config, mesh) if config.judge else None
         engine = make_engine(policy, config)
         folder = this_run.workdir / "trees"
+        driver = Driver(policy, engine, host, judge=judge, **drawing(config))
         settings = search_settings(config.search, seed=config.seed)
-        grow_trees(
-            Driver(policy, engine, host, judge=judge, **drawing(config)),
-            problems,
-            settings,
-            folder,
-            config,
-            stop=stop,
-            searches=config.searches,
-        )
+        grow_trees(driver, problems, settings, folder, config, stop=stop, searches=config.searches)
         if hosts.host_index() == 0:
             record = finish(folder, this_run.workdir)
+            again = "; the same command tries them again" if record["failed"] else ""
             runs.say(
                 f"done in {this_run.wall_s():.0f} s: {record['coverage']:.1%} of {record['problems']} problems have a "
-                f"right answer, {record['failed']} failed; {workdir}/report/trees/index.html"
+                f"right answer, {record['failed']} searches failed{again}; {workdir}/report/trees/index.html"
             )
 
 
@@ -123,57 +112,79 @@ def grow_trees(
     *,
     stop: StopSignal,
     searches: int = 1,
-    earlier: Mapping[str, Tree] | None = None,
+    earlier: Callable[[str, int], Tree | None] = lambda problem_id, seed: None,
     walk: Callable[..., Any] = search,
     title: str = "search",
 ) -> dict[str, float]:
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
-    `earlier`: problem id -> a tree of settings.seed that goes on (rollouts count from its first). `walk`: how a problem
-    is searched, `mcts.search` or one of `beam`. Leaves with the signal's exit code when `stop` asks for it, all
-    finished trees saved. Returns what the engine did (Meter.read); {} where nothing was left to search.
+    `earlier`: (problem id, seed) -> a tree that goes on (rollouts count from its first), or None. `walk`: how a problem
+    is searched, `mcts.search` or one of `beam`. Each host searches its share, and all leave together: with the
+    signal's exit code when `stop` asks any of them for it, all finished trees saved. Returns what the engine did
+    (Meter.read); {} where nothing was left to search.
     """
-    kept, prompts, left_out = prompts_for(list(problems), driver.policy, config)
-    if left_out:
-        runs.say(f"{title}: problems left out: {left_out}")
     seeds = search_seeds(settings.seed, searches)
-    done = {(row["problem_id"], row["seed"]) for row in read_parts(folder)}
+    done = {entry.key for entry in find_trees([folder]) if entry.stopped != FAILED}
+    mine = hosts.share(list(problems))
+    mine = [one for one in mine if any((one.id, seed) not in done for seed in seeds)]
+    kept, prompts, left_out = prompts_for(mine, driver.policy, config)
+    _say_left_out(left_out, title)
     asked = [
         (problem, prompt, dataclasses.replace(settings, seed=seed))
-        for index, (problem, prompt) in enumerate(zip(kept, prompts, strict=True))
+        for problem, prompt in zip(kept, prompts, strict=True)
         for seed in seeds
-        if index % hosts.host_count() == hosts.host_index() and (problem.id, seed) not in done
+        if (problem.id, seed) not in done
     ]
-    if not asked:
-        return {}
-    before = earlier or {}
-    goes_on = lambda problem, one: before.get(problem.id) if one.seed == settings.seed else None
     jobs = (
-        search_job(driver, problem, prompt, one, goes_on(problem, one), walk)
+        search_job(driver, problem, prompt, one, earlier(problem.id, one.seed), walk)
         for problem, prompt, one in asked
     )
-    bar = Progress(len(asked), title, quiet=hosts.host_index() != 0)
-    with Parts(folder) as parts:
-        meter, counts = Meter(driver.engine), {"right": 0, "done": 0}
+    together, meter = StopTogether(stop), Meter(driver.engine)
+    counts: Counter[str] = Counter()
+    failures: list[str] = []
+    quiet = not asked or hosts.host_index() != 0
+    bar = Progress(max(len(asked), 1), title, quiet=quiet)
+    with hosts.watchdog(config.watchdog_s):
+        with Parts(folder) as parts:
 
-        def finished(tree: Tree) -> None:
-            parts.add(tree)
-            counts["done"] += 1
-            counts["right"] += any(node.verdict == "correct" for node in tree.nodes)
-            rates = meter.read()
-            shown = {"occupancy": rates["occupancy"], "tok/s": rates["tokens_per_second"]}
-            if settings.use_gold:
-                shown = {"solved": f"{counts['right'] / counts['done']:.1%}"} | shown
-            bar.advance(1, **shown)
+            def finished(tree: Tree) -> None:
+                parts.add(tree)
+                counts.update(done=1, right=any(n.verdict == "correct" for n in tree.nodes))
+                failures.extend([tree.extra["failure"]] if tree.stopped == FAILED else ())
+                rates = meter.read()
+                shown = {"occupancy": rates["occupancy"], "tok/s": rates["tokens_per_second"]}
+                if settings.use_gold:
+                    shown = {"solved": f"{counts['right'] / counts['done']:.1%}"} | shown
+                bar.advance(1, **shown)
 
-        in_flight = config.in_flight or problems_in_flight(driver.engine, settings)
-        whole = asyncio.run(driver.run(jobs, in_flight, finished, lambda: stop.requested))
-    bar.close()
-    if not whole:
+            def leave() -> bool:
+                parts.tick()
+                return together.asked()
+
+            in_flight = config.in_flight or problems_in_flight(driver.engine, settings)
+            whole = asyncio.run(driver.run(jobs, in_flight, finished, leave))
+        bar.close()
+        code = together.finish(whole)
+    _say_failed(failures, title)
+    if code:
         runs.say(f"{title}: stopped, finished trees are saved; the same command continues")
-        sys.exit(stop.exit_code)
-    hosts.barrier(f"trees {folder}")
-    return meter.read()
+        sys.exit(code)
+    return meter.read() if asked else {}
+
+
+def _say_left_out(left_out: Mapping[str, int], title: str) -> None:
+    """Problems without a prompt, of all hosts."""
+    total = sum(map(Counter, hosts.gather(dict(left_out))), Counter())
+    if total:
+        runs.say(f"{title}: problems left out: {dict(total)}")
+
+
+def _say_failed(failures: Sequence[str], title: str) -> None:
+    """How many searches failed on all hosts, and one of the reasons."""
+    told = [one for one in hosts.gather([len(failures), *failures[-1:]]) if one[0]]
+    if told:
+        count = sum(one[0] for one in told)
+        runs.say(f"{title}: {count} searches failed, not the others; one with {told[0][1]}")
 
 
 def problems_in_flight(engine: Engine, settings: SearchSettings) -> int:
@@ -207,59 +218,18 @@ def search_job(
 def described(tree: Tree, problem: Problem, driver: Driver) -> Tree:
     """The tree with what its record needs beside the search: pictures, options, sandbox tier, weights' version."""
     extra = {"sandbox_tier": driver.host.tier, "policy_version": driver.engine.version}
+    extra |= {"origin": problem.origin} if problem.origin else {}
+    extra |= {"licence": problem.licence} if problem.licence else {}
     if problem.options:
         extra["options"] = list(problem.options)
     images = tuple(image_link(image) for image in problem.images)
     return dataclasses.replace(tree, images=images, extra=tree.extra | extra)
 
 
-class Parts:
-    """Writes rows as parts NUMBER-hostH.jsonl by PART_TREES and PART_SECONDS, the rest when left, by an error too."""
-
-    def __init__(self, folder: epath.Path):
-        self._folder, self._rows, self._since = epath.Path(folder), [], 0.0
-        mine = f"-host{hosts.host_index()}.jsonl"
-        found = self._folder.glob(f"*{mine}") if self._folder.exists() else ()
-        self._next = max((int(part.name.removesuffix(mine)) + 1 for part in found), default=0)
-
-    def __enter__(self) -> "Parts":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._publish()
-
-    def add(self, *rows: Any) -> None:
-        """Rows that stand in one part, for example those of one problem."""
-        now = time.monotonic()
-        self._since = self._since if self._rows else now
-        self._rows += rows
-        if len(self._rows) >= PART_TREES or now - self._since >= PART_SECONDS:
-            self._publish()
-
-    def _publish(self) -> None:
-        if self._rows:
-            name = f"{self._next:05d}-host{hosts.host_index()}.jsonl"
-            write_part(self._folder, name, self._rows)
-            self._next, self._rows = self._next + 1, []
-
-
-def read_trees(folders: Iterable[Any]) -> list[Tree]:
-    """All trees of some folders of parts, by problem id and seed, whatever order they came in.
-
-    Of a (problem, seed) the last one counts: a tree of further rollouts stands in for the one it went on from.
-    """
-    found: dict[tuple[str, int], Tree] = {}
-    for folder in folders:
-        for row in read_parts(folder):
-            tree = tree_from_json(row)
-            found[tree.problem_id, tree.seed] = tree
-    return [found[key] for key in sorted(found)]
-
-
 def finish(folder: epath.Path, workdir: epath.Path) -> dict[str, Any]:
-    """Writes the pages of all trees and summary.json, which it returns."""
-    trees = read_trees([folder])
-    record = select.summary(trees)
-    write_tree_index(trees, workdir / "report" / "trees")
+    """Writes the pages of all trees and summary.json, which it returns. Trees pass one at a time."""
+    entries = find_trees([folder])
+    record = select.summary(by_problem(iter_trees(entries)))
+    write_tree_index(iter_trees(entries), workdir / "report" / "trees")
     write_text(workdir / "summary.json", json.dumps(json.loads(to_json(record)), indent=1))
     return record

@@ -21,7 +21,6 @@ from smallmath_jax.report.trees import write_tree_index
 from smallmath_jax.search.beam import beam_search, sample_chains
 from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.settings import SearchSettings
-from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.search.vote import Scale
 from smallmath_jax.tasks import ballots, chains, identity, runs
 from smallmath_jax.tasks import evolve_measures as measures
@@ -31,6 +30,7 @@ from smallmath_jax.tasks.policy import load_policy, make_mesh, prompts_for
 from smallmath_jax.tasks.rollouts import make_engine
 from smallmath_jax.tasks.runs import Run
 from smallmath_jax.tasks.search import drawing, grow_trees, load_judge, search_settings
+from smallmath_jax.tasks.tree_parts import find_trees, iter_trees
 from smallmath_jax.train.loop import StopSignal
 
 SHOWN_TREES = 200  # as pages, of each problem its first search
@@ -97,7 +97,7 @@ def _sampled(
     scale: Scale | None,
 ) -> dict[str, Any]:
     settings = config.eval
-    whole = chains.sample_all(
+    code = chains.sample_all(
         driver,
         pairs,
         folder / "completions",
@@ -105,13 +105,13 @@ def _sampled(
         seed=config.seed,
         stop=stop,
         max_tokens=settings.sampling.max_tokens,
+        watchdog_s=config.watchdog_s,
         title="evaluate",
         greedy=settings.greedy,
     )
-    if not whole:
+    if code:
         runs.say("evaluate: stopped, what is done is kept; the same command continues")
-        sys.exit(stop.exit_code)
-    hosts.barrier(f"completions {folder}")
+        sys.exit(code)
     rows = list(read_parts(folder / "completions"))
     result = metrics.summarise(rows, settings.headline, tuple(settings.k), ballots.equal)
     cases = measures.sample_cases(rows)
@@ -286,7 +286,7 @@ def graded_trees(
     driver: Driver, folder: epath.Path, problems: Mapping[str, Problem]
 ) -> Iterator[Tree]:
     """The trees of a folder that are of these problems, with the verdict of each answer; read a few at a time."""
-    trees = (tree_from_json(row) for row in read_parts(folder) if row["problem_id"] in problems)
+    trees = iter_trees(one for one in find_trees([folder]) if one.problem_id in problems)
     while some := list(itertools.islice(trees, GRADED_TOGETHER)):
         asked = {
             (tree.problem_id, node.answer)

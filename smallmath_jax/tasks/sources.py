@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,42 +20,80 @@ def training_problems(
 ) -> list[Problem]:
     """All problems of `sources` (config field `field`), at most `limit` of each (0: all), drawn by the config's seed.
 
-    Those that share text or a picture with a problem of `config.data.decontaminate` (sources too: files, benchmark
-    names) are left out; the run's output and `training_data` in its config.json say how many, by benchmark. `folder`
-    is the run's or its stage's. Raises ValueError for a bad source, and when nothing is left.
+    Those that share text or a picture with a problem of `config.data.decontaminate` or `config.eval.problems` (sources
+    too: files, benchmark names) are left out. The run's output says how many, by benchmark, and `training_data` in its
+    config.json what became of each source, with its licences. `folder` is the run's or its stage's. Raises ValueError
+    for a bad source, and when nothing is left.
     """
-    found = load_sources(sources, config, field, limit, config.seed)
-    problems = [problem for part in found.values() for problem in part]
-    benchmarks = load_sources(config.data.decontaminate, config, "data.decontaminate")
-    kept, shared = decontaminate(problems, benchmarks)
+    dropped: dict[str, Counter[str]] = {}
+    found = load_sources(sources, config, field, limit, config.seed, dropped)
+    benchmarks = load_benchmarks(config)
+    kept: list[Problem] = []
+    shared: Counter[str] = Counter()
+    told = {}
+    for source, (name, problems) in zip(sources, found.items(), strict=True):
+        clean, counts = decontaminate(problems, benchmarks)
+        kept += clean
+        shared.update({name: count for name, count in counts.items() if count})
+        for one in (name for name in counts if counts[name]):
+            dropped.setdefault(name, Counter())[f"shared with {one}"] += counts[one]
+        told[source] = {"problems": len(problems), "kept": len(clean)}
+        told[source]["dropped"] = dict(dropped.get(name, {}))
+        licences = Counter(problem.licence or "not stated" for problem in clean)
+        origins = Counter(problem.origin or name for problem in clean)
+        told[source] |= {"licence": dict(licences), "origin": dict(origins)}
+    count = sum(map(len, found.values()))
+    names = ", ".join(sources)
     if shared:
         runs.say(
-            f"{len(problems) - len(kept)} of {len(problems)} training problems of {', '.join(sources)} left out: "
+            f"{count - len(kept)} of {count} training problems of {names} left out: "
             f"they share text or pictures with {', '.join(f'{n} ({c})' for n, c in shared.items())}"
         )
-        counts = {"problems": len(problems), "kept": len(kept), "shared_with": shared}
-        runs.note_data(folder, " + ".join(sources), counts)
+    runs.note_data(folder, told)
     if not kept:
         raise ValueError(
-            f"{', '.join(sources)}: all {len(problems)} problems share text or pictures with "
-            f"{', '.join(shared)} (data.decontaminate): these are benchmarks, train on others"
+            f"{names}: all {count} problems share text or pictures with {', '.join(shared)} (data.decontaminate, "
+            "eval.problems): these are benchmarks, train on others"
         )
     return kept
 
 
+def load_benchmarks(config: Any) -> dict[str, list[Problem]]:
+    """name -> problems of what a run must not train on: `data.decontaminate`, and what it is measured on.
+
+    Embedded sources are none: their splits never share a problem.
+    """
+    found = load_sources(config.data.decontaminate, config, "data.decontaminate")
+    measured = config.eval.problems if "eval" in config else ()
+    others = [
+        source
+        for source in dict.fromkeys(measured)
+        if source not in config.data.decontaminate and source.partition(":")[0] != "tiny"
+    ]
+    for name, problems in load_sources(others, config, "eval.problems").items():
+        found[f"{name} of eval.problems" if name in found else name] = problems
+    return found
+
+
 def load_sources(
-    sources: Sequence[str], config: Any, field: str, limit: int = 0, seed: int = 0
+    sources: Sequence[str],
+    config: Any,
+    field: str,
+    limit: int = 0,
+    seed: int = 0,
+    dropped: dict[str, Counter[str]] | None = None,
 ) -> dict[str, list[Problem]]:
     """name -> problems of each source, fields named by `config.data.fields`; ids are unique over all of them.
 
+    `dropped` is told the rows that each left out on the way, by reason.
     Raises ValueError naming the config field that gave the source, and what is wrong with it; on every host when they
     have not loaded the same.
     """
     if hosts.host_count() == 1:
-        return _load_sources(sources, config, field, limit, seed)
+        return _load_sources(sources, config, field, limit, seed, dropped)
     loaded, told, error = {}, {}, None
     try:
-        loaded = _load_sources(sources, config, field, limit, seed)
+        loaded = _load_sources(sources, config, field, limit, seed, dropped)
         told = digests([one for problems in loaded.values() for one in problems], field)
     except (ValueError, OSError) as caught:  # told to the others first, or they wait for this host
         error = caught
@@ -88,7 +127,12 @@ def _picture(image: str | bytes) -> str | bytes:
 
 
 def _load_sources(
-    sources: Sequence[str], config: Any, field: str, limit: int, seed: int
+    sources: Sequence[str],
+    config: Any,
+    field: str,
+    limit: int,
+    seed: int,
+    dropped: dict[str, Counter[str]] | None,
 ) -> dict[str, list[Problem]]:
     mapping = {
         ours: None if theirs in (None, "none") else theirs
@@ -99,7 +143,12 @@ def _load_sources(
     for name, source in zip(distinct_names(sources), sources, strict=True):
         try:
             found[name] = load_problems(
-                source, limit=limit or None, seed=seed, say=runs.say, **mapping
+                source,
+                limit=limit or None,
+                seed=seed,
+                say=runs.say,
+                dropped=None if dropped is None else dropped.setdefault(name, Counter()),
+                **mapping,
             )
         except ValueError as error:
             raise ValueError(f"config.{field}: {error}") from error

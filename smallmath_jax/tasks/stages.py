@@ -16,7 +16,7 @@ from smallmath_jax.tasks import evaluate, runs
 from smallmath_jax.tasks.policy import Policy
 from smallmath_jax.tasks.training import Trainer
 from smallmath_jax.train.checkpoint import Checkpoints
-from smallmath_jax.train.loop import MetricWriter, Progress, StopSignal, part_name
+from smallmath_jax.train.loop import MetricWriter, Progress, StopSignal, agreed_exit, part_name
 
 WORST = -1e30
 
@@ -121,7 +121,7 @@ class Stage:
         """Counts a step, saves when it is time, and leaves with exit code 143 after SIGTERM once all is saved."""
         hosts.beat(f"{self._name} step {done}")
         self._bar.advance(1, **shown)
-        leaving = hosts.any_host(self._stop.requested)
+        leaving = agreed_exit(self._stop)
         if leaving or done == self._total or done % self._config.checkpoint.every == 0:
             self._save(done, state)
         if done == self._total:
@@ -133,7 +133,7 @@ class Stage:
             runs.say(
                 f"{self._name}: stopped after step {done}, everything is saved; the same command continues"
             )
-            sys.exit(self._stop.exit_code)
+            sys.exit(leaving)
 
 
 def evaluate_stage(

@@ -22,10 +22,10 @@ from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.chains import follow
 from smallmath_jax.tasks.driver import Driver, open_host, same_answer
 from smallmath_jax.tasks.policy import load_policy, make_mesh, prompts_for
-from smallmath_jax.tasks.search import Parts
 from smallmath_jax.tasks.server import Client, ServerEngine, settings_of
 from smallmath_jax.tasks.sources import training_problems
-from smallmath_jax.train.loop import Progress, StopSignal
+from smallmath_jax.tasks.tree_parts import Parts
+from smallmath_jax.train.loop import Progress, StopSignal, StopTogether
 
 REQUEST = """\
 Here is a mathematics problem:
@@ -90,21 +90,27 @@ def make_problems(
         if (seed.id, number) not in done
     ]
     bar = Progress(max(len(asked), 1), "synthesis", quiet=not asked or hosts.host_index() != 0)
-    with Parts(folder) as parts:
-        counts = {"kept": 0}
+    counts, together = {"kept": 0}, StopTogether(stop)
+    with hosts.watchdog(config.watchdog_s):
+        with Parts(folder) as parts:
 
-        def finished(row: dict[str, Any]) -> None:
-            parts.add(row)
-            counts["kept"] += row["answer"] is not None
-            bar.advance(1, kept=counts["kept"])
+            def finished(row: dict[str, Any]) -> None:
+                parts.add(row)
+                counts["kept"] += row["answer"] is not None
+                bar.advance(1, kept=counts["kept"])
 
-        jobs = (_job(driver, client, seed, number, config) for seed, number in asked)
-        in_flight = max(1, driver.engine.slots // config.solutions) + 1
-        whole = asyncio.run(driver.run(jobs, in_flight, finished, lambda: stop.requested))
-    bar.close()
-    if not whole:
+            def leave() -> bool:
+                parts.tick()
+                return together.asked()
+
+            jobs = (_job(driver, client, seed, number, config) for seed, number in asked)
+            in_flight = max(1, driver.engine.slots // config.solutions) + 1
+            whole = asyncio.run(driver.run(jobs, in_flight, finished, leave))
+        bar.close()
+        code = together.finish(whole)
+    if code:
         runs.say("synthesis: stopped, what is finished is saved; the same command continues")
-        sys.exit(stop.exit_code)
+        sys.exit(code)
 
 
 def _job(

@@ -19,6 +19,9 @@ from smallmath_jax.train.events import drop_events, write_events
 LOG_FOLDERS = ("metrics", "completions")  # what holds parts named STEP-hostH.jsonl
 PART_STEPS = 50
 PART_SECONDS = 60.0
+EXCHANGE_SECONDS = (
+    10.0  # between two looks of hosts at one another: less than a preempted one is given
+)
 
 
 class MetricWriter:
@@ -195,8 +198,8 @@ class StopSignal:
         with StopSignal() as stop:
             for step in ...:
                 ...
-                if hosts.any_host(stop.requested):   # all hosts stop at the same step
-                    save(); sys.exit(stop.exit_code)
+                if code := agreed_exit(stop):   # all hosts stop at the same step
+                    save(); sys.exit(code)
 
     Exit codes are the shell's: 143 after SIGTERM, 130 after SIGINT. A second SIGINT interrupts at once. Main thread
     only, as Python's signal handlers are.
@@ -235,3 +238,59 @@ class StopSignal:
             file=sys.stderr,
             flush=True,
         )
+
+
+def agreed_exit(stop: StopSignal) -> int:
+    """The exit code that all hosts leave with now, 0 to go on: SIGTERM reaches one of them first.
+
+    Every host must call this together.
+    """
+    return max(hosts.gather(stop.exit_code if stop.requested else 0))
+
+
+class StopTogether:
+    """Lets loops of different lengths end on all hosts together: one host gets SIGTERM, another has no work left.
+
+        together = StopTogether(stop)
+        while work and not together.asked():
+            ...
+        code = together.finish(done=not work)   # 0: all hosts have done their work
+
+    The hosts tell one another how they are every EXCHANGE_SECONDS, at the k-th `asked` that is due or in `finish`,
+    where a host that has nothing left waits for the others: so all of them learn the same at the same place. `finish`
+    is a barrier too.
+    """
+
+    def __init__(self, stop: StopSignal | None):
+        self._stop, self._code = stop, 0
+        self._due = time.monotonic() + EXCHANGE_SECONDS
+
+    def asked(self) -> bool:
+        """Whether to leave the loop now: this host alone is asked, or, of several, any of them was at an exchange."""
+        if self._code:
+            return True
+        if hosts.host_count() == 1:
+            self._code = self._own()
+        elif time.monotonic() >= self._due:
+            self._exchange(False)
+            self._due = time.monotonic() + EXCHANGE_SECONDS
+        return bool(self._code)
+
+    def finish(self, done: bool) -> int:
+        """Waits until all hosts are done, or one must leave; returns the exit code to leave with, 0 to go on."""
+        if hosts.host_count() == 1:
+            return 0 if done else self._code
+        while not self._code:
+            if self._exchange(done):
+                return 0
+            hosts.beat("waiting for the other hosts")
+        return self._code
+
+    def _exchange(self, done: bool) -> bool:
+        told = hosts.gather([int(done), self._own()])
+        whole = all(one for one, _ in told)
+        self._code = 0 if whole else max(code for _, code in told)
+        return whole
+
+    def _own(self) -> int:
+        return self._stop.exit_code if self._stop is not None and self._stop.requested else 0
