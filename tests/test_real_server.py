@@ -196,7 +196,8 @@ def test_a_local_folder_searches_round_one(folder, problems, tmp_path):
 def test_new_problems_by_the_chat_endpoint(server, folder, problems, tmp_path):
     words = ["--config=configs/synthesis.py:tiny", f"--workdir={tmp_path / 'run'}"]
     words += [f"--config.problems=('{problems}',)", f"--config.server.base_url={server.url}"]
-    words += [f"--config.server.model={folder}", "--config.solutions=5", "--config.agreeing=3"]
+    words += [f"--config.server.model={folder}", "--config.limit=0"]
+    words += ["--config.solutions=5", "--config.agreeing=3"]
     words += ["--config.server.concurrent=2", "--config.server.requests_per_minute=240"]
     first = Run(tmp_path / "client.log", *words)
     first.until(lambda: server.requests() >= 40)
@@ -207,7 +208,7 @@ def test_new_problems_by_the_chat_endpoint(server, folder, problems, tmp_path):
     assert rows[: len(made)] == made and len(rows) == 8
     assert sorted(row["seed_id"] for row in rows) == [f"p{n}" for n in range(8)]
     right = [row for row in rows if row["problem"]["problem"] == served_case.MADE]
-    assert len(right) >= 4
+    assert len(right) >= 2
     for row in right:
         assert row["answer"] in ("4", "7") and row["answers"].count(row["answer"]) >= 3
     lines = [json.loads(line) for line in (tmp_path / "run" / "problems.jsonl").open()]
