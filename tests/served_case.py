@@ -59,7 +59,7 @@ def make_folder(folder):
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # waiting for each other they cost more than they save
-    config = transformers.Qwen2Config(
+    config = transformers.Phi3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=192,
@@ -67,17 +67,14 @@ def make_folder(folder):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=4096,
-        use_sliding_window=True,
         sliding_window=WINDOW,
-        max_window_layers=0,
-        layer_types=["sliding_attention"] * 2,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
-    model = transformers.Qwen2ForCausalLM(config)
+    model = transformers.Phi3ForCausalLM(config)
     ids, targets = batch_of(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(STEPS):
