@@ -3,6 +3,7 @@
     python run.py --config=configs/evolve.py:tiny                             # two CPU cores, nothing to download
     python run.py --config=configs/evolve.py:math7b --workdir=gs://BUCKET/evolve
 
+Round 1 may be searched by a local model or a server: docs/bootstrap.md.
 Every stage is skipped when its done.json is there: the same command continues a run. In `:tiny` the first policy is
 fine-tuned on noisy solutions of problems that the rounds never see; the rounds themselves see no worked solution.
 Published, not reproduced here: MATH 58.8 -> 90.0 (Qwen2.5-Math-7B, 64 trajectories), pass@1 78.4 after round 4.
