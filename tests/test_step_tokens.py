@@ -75,8 +75,6 @@ def test_a_stage_of_a_run_is_found_with_its_config(tmp_path):
     (tmp_path / "round_2" / "evaluate").mkdir()
     (tmp_path / "round_2" / "evaluate" / "done.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"config": {"model": "tiny"}}')
-    (tmp_path / "round_2" / "evaluate").mkdir()
-    (tmp_path / "round_2" / "evaluate" / "done.json").write_text("{}")
     stage = tmp_path / "round_2" / "sft"
     assert run_config(str(stage)) == {"model": "tiny"}
     assert newest_checkpoints(str(stage)) == newest_checkpoints(str(tmp_path))
