@@ -125,7 +125,7 @@ def get_config(mode=None):
 
     # Reward models (orm, pqm) trained beside a round's own on the same trees, from a round on, only to score the same
     # held-out trajectories (table 8). Nothing else uses one, and each costs what the round's own costs: none by
-    # default. In :tiny after the last round alone.
+    # default. In :tiny after the last round alone. Each reads as many tokens as the round's own did.
     evolve.also_train = ("orm",) if tiny else ()
     evolve.also_from = evolve.rounds if tiny else 1
 

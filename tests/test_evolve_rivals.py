@@ -95,9 +95,17 @@ def test_which_rounds_have_rivals_and_which_losses_are_refused():
     config = load("evolve", "tiny")
     assert [evolve_rivals.losses_of(config, number) for number in (3, 4)] == [(), ("orm",)]
     assert load("evolve", "math7b").evolve.also_train == ()
-    assert evolve_rivals.with_loss(config, "orm").ppm.loss == "orm" and config.ppm.loss == "ppm"
     evolve.check(config)
     for loss in ("ppm", "prm"):
         config.evolve.also_train = (loss,)
         with pytest.raises(ValueError, match=f"'{loss}' is no loss beside ppm.loss='ppm'"):
             evolve.check(config)
+
+
+def test_a_rival_reads_as_many_tokens_as_the_rounds_own_model(bench):
+    folder = bench.round_folder(4) / "ppm"
+    folder.mkdir()
+    (folder / "result.json").write_text('{"tokens": 1234}')
+    changed = evolve_rivals.rival_config(bench, 4, "orm")
+    assert (changed.ppm.loss, changed.ppm.tokens) == ("orm", 1234)
+    assert (bench.config.ppm.loss, bench.config.ppm.tokens) == ("ppm", 0)

@@ -278,7 +278,8 @@ def train_rivals(bench: Bench, number: int, policy: Policy, pool: Sequence[Probl
     """The reward models beside a round's own (`config.evolve.also_train`), and their scores of its evaluation."""
     for loss in evolve_rivals.losses_of(bench.config, number):
         if evolve_rivals.scored(bench, number, loss) is None:
-            other = dataclasses.replace(bench, config=evolve_rivals.with_loss(bench.config, loss))
+            changed = evolve_rivals.rival_config(bench, number, loss)
+            other = dataclasses.replace(bench, config=changed)
             model = train_judge(other, number, policy, pool, name=loss)
             evolve_rivals.score_stage(bench, number, loss, model)
 

@@ -7,6 +7,7 @@ So the report can set each policy against the ways its answers are chosen: pass@
 preference model (rStar-Math, section 9.2, table 8 and figure 5).
 """
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,10 +47,14 @@ def losses_of(config: Any, number: int) -> tuple[str, ...]:
     return tuple(config.evolve.also_train) if number >= config.evolve.also_from else ()
 
 
-def with_loss(config: Any, loss: str) -> Any:
-    """The config, for training with another loss: equal tokens, the same optimiser."""
-    changed = config.copy_and_resolve_references()
-    changed.ppm.loss = loss
+def rival_config(bench: Bench, number: int, loss: str) -> Any:
+    """The config for training with another loss: the same optimiser, and as many tokens as the round's own model read.
+
+    Answered trajectories are many more than preference pairs: a whole pass over them would cost several times as much.
+    """
+    changed = bench.config.copy_and_resolve_references()
+    own = json.loads((bench.round_folder(number) / "ppm" / "result.json").read_text())
+    changed.ppm.update({"loss": loss, "tokens": own["tokens"]})
     return changed
 
 
