@@ -2,13 +2,15 @@
 
     python run.py --config=configs/evaluate.py --config.model=FOLDER --config.eval.problems="('math500',)"
     python run.py --config=configs/evaluate.py:tiny --config.init_from=workdirs/grpo-tiny
-    python run.py --config=configs/evaluate.py:tiny --config.init_from=workdirs/evolve-tiny   # its last finished round
-    python run.py --config=configs/evaluate.py:math7b-steps --config.init_from=RUN --config.judge=RUN/round_4/ppm \
+    python run.py --config=configs/evaluate.py:tiny-steps --config.init_from=workdirs/evolve-tiny
+    python run.py --config=configs/evaluate.py:math7b-steps --config.init_from=RUN --config.judge=RUN \
         --config.eval.method=mcts --config.eval.problems="('math500', 'aime2024', 'amc23')"
 
 Problem sources: a JSON, JSONL or Parquet file, hf:NAME, tfds:NAME, gs://…, tiny:test, or a benchmark's name (math500,
 math, aime2024, amc23, olympiadbench, college_math, gsm8k, gaokao2023en, math_vision). Several runs side by side:
 --config.compare="('workdirs/a', 'workdirs/b')".
+
+RUN may be a self-evolution: its last finished round is taken.
 
 MODE-steps is for policies that write code steps: their programs run in the sandbox. The published protocol is 64
 searches of 12 rollouts x 32 candidates, of whose answers the 4 of highest PPM score vote; 16 candidates x 8 rollouts is
@@ -34,9 +36,7 @@ def get_config(mode=None):
     config.eval.searches = 4 if tiny else TEST_SEARCHES  # complete searches (or chains) a problem
     config.eval.top_k = TEST_TOP_K  # of their answers, by PPM score, that vote
     config.eval.beam_width = 4  # steps that go on, with method beam
-    config.judge = (
-        ""  # workdir of a run of configs/ppm.py (or RUN/round_4/ppm): its preference model
-    )
+    config.judge = ""  # workdir of configs/ppm.py or configs/evolve.py: its preference model
     config.search = search.settings_of(preset("test"))
     config.in_flight = 0  # problems searched at a time; 0: as many as keep the slots full
     config.sandbox = search.sandbox()

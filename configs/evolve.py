@@ -3,6 +3,7 @@
     python run.py --config=configs/evolve.py:tiny                             # two CPU cores, nothing to download
     python run.py --config=configs/evolve.py:math7b --workdir=gs://BUCKET/evolve
 
+Round 1 may be searched by a local model or a server: docs/bootstrap.md.
 Every stage is skipped when its done.json is there: the same command continues a run. In `:tiny` the first policy is
 fine-tuned on noisy solutions of problems that the rounds never see; the rounds themselves see no worked solution.
 Published, not reproduced here: MATH 58.8 -> 90.0 (Qwen2.5-Math-7B, 64 trajectories), pass@1 78.4 after round 4.
@@ -11,6 +12,7 @@ Published, not reproduced here: MATH 58.8 -> 90.0 (Qwen2.5-Math-7B, 64 trajector
 from ml_collections import ConfigDict
 
 from configs import common, ppm, search
+from smallmath_jax.data.few_shot import EXAMPLES
 from smallmath_jax.search.settings import (
     EXTRA_ROLLOUTS,
     PRESETS,
@@ -27,17 +29,23 @@ BENCHMARKS = (
 
 
 def bootstrap(mode: str) -> ConfigDict:
-    """Who searches in round 1: a server (`base_url`), else config.model, fine-tuned on noisy `solutions` if any."""
+    """Who searches in round 1: a server (`base_url`), a local `model`, or else config.model.
+
+    The first two are asked by few-shot prompts, in text, and their steps are encoded for config.model to learn.
+    """
     tiny = mode == "tiny"
     settings = ConfigDict()
-    settings.solutions = 2000 if tiny else 0
-    settings.base_url = (
-        ""  # an OpenAI-compatible server, with its version: http://localhost:8000/v1
-    )
-    settings.model = ""  # its name there
+    settings.solutions = 2000 if tiny else 0  # noisy ones that config.model is fine-tuned on first
+    # An OpenAI-compatible server, with its version: http://localhost:8000/v1
+    settings.base_url = ""
+    # Its name at the server; without base_url a folder or hub name, run here
+    settings.model = ""
+    settings.shots = len(EXAMPLES)  # worked examples in the prompt
+    settings.max_tokens = 48 if tiny else 2048  # of one step, as that model counts
     settings.endpoint = "completions"  # completions | chat
     settings.concurrent = 16  # requests at a time
     settings.requests_per_minute = 0  # 0: no limit of ours
+    settings.attempts = 10  # at one request, after growing pauses: about four minutes
     settings.api_key_variable = "OPENAI_API_KEY"  # the environment variable that holds the key
     settings.temperature = 0.7
     settings.noise = 0.5  # share of them with a wrong number or operator
@@ -104,13 +112,22 @@ def get_config(mode=None):
     # Of an embedded problem, that a right program must also be right on
     evolve.instances = 2 if tiny else 0
     evolve.trajectories = 2  # best by mean Q, a problem
-    evolve.selection = "step_verified"  # step_verified | rejection | random
+    # The ablation of SFT data (section 9.1): step_verified of trees ("mcts"); rejection | random of plain samples
+    # ("chains": whole trajectories of the same policy, nothing filtered, as many as a search has rollouts)
+    evolve.selection = "step_verified"
+    evolve.sampler = "mcts"  # mcts | chains
     # The interpreter's output is not trained on; the public code trains on it
     evolve.mask_output = True
     # A round's policy is fine-tuned from the previous round's, or from the first one ("base", as published)
     evolve.start = "previous" if tiny else "base"
     # Rounds whose pairs a preference model learns from, the last ones; 0: all
     evolve.pair_rounds = 0
+
+    # Reward models (orm, pqm) trained beside a round's own on the same trees, from a round on, only to score the same
+    # held-out trajectories (table 8). Nothing else uses one, and each costs what the round's own costs: none by
+    # default. In :tiny after the last round alone. Each reads as many tokens as the round's own did.
+    evolve.also_train = ("orm",) if tiny else ()
+    evolve.also_from = evolve.rounds if tiny else 1
 
     config.search = search.settings_of(preset("round2"))
     if tiny:

@@ -62,7 +62,7 @@ def get_config(mode=None):
     code_steps(config, mode)
     config.problems = ("tiny:train",) if tiny else ("convert:math_train",)
     config.limit = 100 if tiny else 0  # problems a source; 0: all
-    config.judge = ""  # workdir of a run of configs/ppm.py: its preference model
+    config.judge = ""  # workdir of configs/ppm.py or configs/evolve.py: its preference model
     config.search = settings_of(preset("round2"))
     config.searches = 1  # of each problem, with as many seeds
     config.in_flight = 0  # problems searched at a time; 0: as many as keep the slots full

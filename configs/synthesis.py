@@ -21,6 +21,7 @@ def server() -> ConfigDict:
             "endpoint": "chat",  # completions | chat
             "concurrent": 16,
             "requests_per_minute": 0,  # 0: no limit of ours
+            "attempts": 10,  # at one request, after growing pauses: about four minutes
             "api_key_variable": "OPENAI_API_KEY",
             "temperature": 0.7,
         }

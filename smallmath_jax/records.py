@@ -227,16 +227,11 @@ def read_parts(folder: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     if not root.exists():
         return
     for path in sorted(root.glob("*.jsonl"), key=lambda part: part.name):
-        for number, line in enumerate(lines_of(path.read_bytes()), 1):
+        # Bytes: as text, lines would also end at U+0085 and U+2028, which a model may write and JSON leaves as they are
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 yield json.loads(line)
             except ValueError as error:  # torn inside a character, too
                 raise ValueError(
                     f"{path}, line {number}: not a JSON object ({error}); the part is damaged, delete or restore it"
                 ) from error
-
-
-def lines_of(part: bytes) -> list[bytes]:
-    """The lines of a part. JSON leaves U+2028 and U+0085 as they are, where str.splitlines would cut."""
-    lines = part.split(b"\n")
-    return lines if lines[-1] else lines[:-1]

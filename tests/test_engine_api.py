@@ -91,7 +91,7 @@ def test_a_stop_sequence_does_not_match_the_prompt(free):
         (Limits(LENGTH), DRAWN, "cache_length"),
         (Limits(0), DRAWN, "max_tokens"),
         (Limits(4, ((),)), DRAWN, "stop sequences"),
-        (Limits(4, ((1,),) * 9), DRAWN, "stop sequences"),
+        (Limits(4, ((1,),) * 17), DRAWN, "stop sequences"),
         (Limits(4, ((1,) * 17,)), DRAWN, "stop sequences"),
         (Limits(4), Sampling(-1.0), "temperature"),
         (Limits(4), Sampling(float("nan")), "temperature"),

@@ -235,6 +235,7 @@ def test_scaling_counts_samples_and_tokens():
     points = curves[ballots.MAJORITY]
     assert [(one["trajectories"], one["tokens"]) for one in points] == [(1, 10.0), (2, 20.0)]
     assert [one["accuracy"] for one in curves[ballots.COVERAGE]] == [0.5, 0.5]
+    assert measures.sample_cases([*ROWS, *ROWS]) == measures.sample_cases(ROWS)
 
 
 def test_early_stops_by_hand():
@@ -284,8 +285,8 @@ def test_a_search_that_stops_early_is_the_full_one_cut_where_it_would_have_stopp
 
 
 SHORT = (
-    "--config.bootstrap.solutions=300",
-    "--config.bootstrap.steps=150",
+    "--config.bootstrap.solutions=900",
+    "--config.bootstrap.steps=250",
     "--config.evolve.per_round=24",
     "--config.evolve.rounds=2",
     "--config.evolve.rollouts=(2,2)",
@@ -294,6 +295,7 @@ SHORT = (
     "--config.evolve.more_from=2",
     "--config.evolve.more=(4,)",
     "--config.evolve.more_problems=3",
+    "--config.evolve.also_from=2",
     "--config.sft.steps=3",
     "--config.ppm.steps=3",
     "--config.eval.limit=6",
@@ -333,7 +335,9 @@ def test_two_rounds_end_to_end_and_a_second_start_does_nothing_again(tmp_path):
     assert set(last["tokens_by_set"]) == set(last["search_by_set"]) == {"tiny:test"}
     assert report["stopping"] and "complete searches, majority" in report["scaling"]
     assert report["scaling"] and report["reward_models"] and "backtracking" in report
-    for stage in ("search", "select", "sft", "ppm", "evaluate"):
+    assert "+ ORM" in report["reward_models"]["round 2"]
+    assert "+ ORM" not in report["reward_models"]["round 1"]
+    for stage in ("search", "select", "sft", "ppm", "evaluate", "orm", "orm/scores"):
         assert (tmp_path / "round_2" / stage / "done.json").exists()
     rows = list(read_parts(tmp_path / "round_1" / "search" / "trees"))
     assert len(rows) == len({one["problem_id"] for one in rows}) == 24

@@ -1,6 +1,7 @@
 """The default search: values recomputed from the leaves, no wasted rollout, resuming, isolation, stopping, presets."""
 
 import asyncio
+import collections
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import random
 import numpy as np
 import pytest
 from search_case import (
+    ENDINGS,
     answer,
     append,
     candidate,
@@ -460,3 +462,76 @@ def test_real_code_runs_behind_its_prefix():
         tree.nodes[2].written == len(written) and tree.nodes[2].token_ids[: len(written)] == written
     )
     assert "".join(map(chr, tree.nodes[2].token_ids)) == tree.nodes[2].text
+
+
+def changing_policy(first, later):
+    """A policy that draws `later` where it is asked a second time."""
+    asked = collections.Counter()
+
+    async def generate(handle, n, keys):
+        name = "/".join(labels(handle))
+        asked[name] += 1
+        table = later if asked[name] > 1 and name in later else first
+        return [candidate(text, mark) for text, mark in table[name]]
+
+    return generate
+
+
+NARROW = {
+    "": [step("A", "x = 2")],
+    "A": [step("F", "print(x)", ENDINGS[1])],
+    "A/F": [answer("W", 2)],
+    "B": [step("G", "print(x)", ENDINGS[1])],
+    "B/G": [answer("R", 3)],
+}
+
+
+def test_a_used_up_tree_draws_new_steps_where_it_is_told_to():
+    later = {"": [step("A", "x = 2"), step("B", "x = 3")], "A": NARROW["A"]}
+    ended = searched(changing_policy(NARROW, later), SearchSettings(rollouts=8, candidates=2))
+    assert ended.stopped == "exhausted" and ended.rollouts == 1
+    settings = SearchSettings(rollouts=8, candidates=2, widen=True)
+    found = searched(changing_policy(NARROW, later), settings)
+    assert found.stopped == "rollouts" and found.rollouts == 8
+    assert [node.verdict for node in found.nodes if node.kind == "answer"] == ["wrong", "correct"]
+    assert [node.tag for node in found.nodes if node.parent == "0"] == ["0.1", "0.2"]
+    # The one rollout that went below the new step was none of those that found nothing new
+    assert found.wasted == 6 and found.nodes[0].visit_count == 2
+    went_on = searched(
+        changing_policy(
+            later | {"A/F": NARROW["A/F"], "B": NARROW["B"], "B/G": NARROW["B/G"]}, later
+        ),
+        settings,
+        tree=ended,
+    )
+    answers = [node.verdict for node in went_on.nodes if node.kind == "answer"]
+    assert answers == ["wrong", "correct"] and went_on.rollouts == 8
+
+
+def test_widening_draws_by_keys_of_its_own_and_goes_on_as_if_never_stopped():
+    asked = []
+
+    async def generate(handle, n, keys):
+        asked.append(keys.tobytes())
+        place = int(keys[0, 0]) % 7
+        depth = len(labels(handle))
+        if depth < 2:
+            return [candidate(*step(f"S{(place + k) % 7}", f"x = {k}")) for k in range(n)]
+        if depth == 2:
+            return [candidate(*step("P", "print(x)", ENDINGS[1]))]
+        return [candidate(*answer("W", 9))]
+
+    settings = SearchSettings(rollouts=40, candidates=2, widen=True)
+    whole = searched(generate, settings)
+    assert len(set(asked)) == len(asked)
+    half = searched(generate, dataclasses.replace(settings, rollouts=15))
+    again = searched(generate, settings, tree=half)
+    assert [(n.tag, n.text, n.visit_count) for n in again.nodes] == [
+        (n.tag, n.text, n.visit_count) for n in whole.nodes
+    ]
+    assert (again.rollouts, again.wasted, again.tokens) == (
+        whole.rollouts,
+        whole.wasted,
+        whole.tokens,
+    )
+    assert len([node for node in whole.nodes if node.parent == "0"]) > 2

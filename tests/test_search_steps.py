@@ -73,7 +73,7 @@ def test_the_word_boxed_in_code_is_no_answer():
 
 def test_nothing_leaks_between_executions():
     policy = {
-        "": [step("A", "leaked = 42"), step("B", "other = 1")],
+        "": [step("A", "<code>\nleaked = 42"), step("B", "<code>\nother = 1")],
         "A": [step("C", "print(leaked)", "<end_of_code>")],
         "B": [step("D", "print(leaked)", "<end_of_code>")],
     }
@@ -82,12 +82,20 @@ def test_nothing_leaks_between_executions():
     async def one_process(snippets):
         return [run_snippet(prefix, code, shared) for prefix, code in snippets]
 
-    settings = SearchSettings(rollouts=4)
-    leaking = searched(policy | {"A/C": [], "B/D": []}, settings, run_code=one_process)
-    clean = searched(policy | {"A/C": [], "B/D": []}, settings)
-    kinds = [{node.text[3]: node.kind for node in tree.nodes[1:]} for tree in (leaking, clean)]
-    # What the public interpreter does, with its one dict of variables, and what a fresh process does
-    assert kinds == [dict.fromkeys("ABCD", "open"), dict.fromkeys("ABC", "open") | {"D": "error"}]
+    policy |= {"A/C": [], "B/D": []}
+    compat = rstar_settings(rollouts=6, max_errors=1)
+    found = (
+        searched(
+            policy, compat, run_code=one_process
+        ),  # a compat search as the public code runs it
+        searched(policy, compat),  # the same, every program in a process of its own
+        searched(policy, SearchSettings(rollouts=6)),
+    )
+    kinds = [{node.text[3]: node.kind for node in tree.nodes[1:]} for tree in found]
+    shown = [{node.text[3]: node.text for node in tree.nodes[1:]}["D"] for tree in found]
+    clean = dict.fromkeys("ABC", "open") | {"D": "error"}
+    assert kinds == [dict.fromkeys("ABCD", "open"), clean, clean]
+    assert "42" in shown[0] and "NameError" in shown[1] and "42" not in shown[2]
 
 
 def test_code_beside_its_marks_is_kept():

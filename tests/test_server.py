@@ -1,22 +1,32 @@
 """A server as the policy: what is asked, what is tried again, where steps are cut, and searches over it."""
 
+import concurrent.futures
 import contextlib
 import http.server
 import json
 import re
 import threading
+import time
 
 import driver_case as case
+import numpy as np
 import pytest
 
 from smallmath_jax.data.few_shot import EXAMPLES, cut_step, few_shot_prompt
 from smallmath_jax.data.prompts import GRAMMARS
 from smallmath_jax.records import Problem, Sampling, read_parts
+from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.tasks import synthesis
 from smallmath_jax.tasks.chains import program_of
 from smallmath_jax.tasks.driver import Driver
-from smallmath_jax.tasks.server import Client, ServerEngine, ServerError, ServerSettings
+from smallmath_jax.tasks.server import (
+    Client,
+    ServerEngine,
+    ServerError,
+    ServerGone,
+    ServerSettings,
+)
 
 STOPS = GRAMMARS["code_steps"].stops
 GREEDY = dict(max_tokens=8, sampling=Sampling(0.7), seed=3, stop=STOPS)
@@ -99,7 +109,7 @@ def test_a_refusal_is_told_at_once_and_a_silent_server_after_all_tries():
             Client(ServerSettings(url, "m")).complete("hello", **GREEDY)
     pauses = []
     client = Client(ServerSettings(url, "m", attempts=3), pauses.append)  # it is gone now
-    with pytest.raises(ServerError, match="3 tries"):
+    with pytest.raises(ServerGone, match="3 tries"):
         client.complete("hello", **GREEDY)
     assert len(pauses) == 2
     with serving(lambda *_: (200, {}, {"nothing": 1})) as url:
@@ -183,12 +193,12 @@ def test_a_search_over_a_server_is_a_search():
     settings = SearchSettings(rollouts=3, candidates=4, max_errors=2)
     problems = [case.problem(f"p{number}") for number in range(5)]
     found = []
-    for concurrent in (1, 8):
+    for at_once in (1, 8):
         with serving(scripted) as url:
-            client = Client(ServerSettings(url, "m", concurrent=concurrent))
+            client = Client(ServerSettings(url, "m", concurrent=at_once))
             with ServerEngine(client, case.TOKENS, problems, 400) as engine:
                 names = [problem.id for problem in problems]
-                trees, whole = searched(make_driver(engine), names, settings, concurrent)
+                trees, whole = searched(make_driver(engine), names, settings, at_once)
                 assert whole and engine.counters()["requests"] > 20
         found.append(trees)
     assert found[0] == found[1]
@@ -200,14 +210,77 @@ def test_a_search_over_a_server_is_a_search():
         assert re.fullmatch(r"<code>\nx=\d\n<end_of_step>", text)
 
 
-def test_a_server_that_refuses_ends_its_searches_with_what_it_said():
+def test_a_request_that_is_refused_ends_its_search_alone():
     from test_driver import searched
 
-    with serving(lambda *_: (401, {}, {"error": "no key"})) as url:
+    def answer(path, body, headers):
+        if "What is p0?" in body["prompt"]:
+            return 400, {}, {"error": "too long"}
+        return scripted(path, body, headers)
+
+    problems = [case.problem("p0"), case.problem("p1")]
+    with serving(answer) as url:
         client = Client(ServerSettings(url, "m"))
+        with ServerEngine(client, case.TOKENS, problems, 400) as engine:
+            trees, _ = searched(make_driver(engine), ["p0", "p1"], SearchSettings(rollouts=2), 2)
+    assert trees["p0"].stopped == "failed" and "too long" in trees["p0"].extra["failure"]
+    assert trees["p1"].stopped != "failed"
+
+
+def test_a_server_that_refuses_everyone_ends_the_run():
+    with serving(lambda *_: (400, {}, {"error": "no model m"})) as url:
+        client = Client(ServerSettings(url, "m"))
+        for prompt in ("a", "a", "b"):
+            with pytest.raises(ServerError) as told:
+                client.complete(prompt, **GREEDY)
+            assert told.type is ServerError
+        with pytest.raises(ServerGone, match="every request is refused.*no model m"):
+            client.complete("c", **GREEDY)
+
+
+def test_a_chat_step_goes_on_in_a_line_of_its_own():
+    """Servers strip the white space around a message."""
+    problem = case.problem("p0")
+
+    def answer(path, body, headers):
+        return 200, {}, {"choices": [{"message": {"content": "x=1<end_of_step>"}}]}
+
+    with serving(answer) as url:
+        client = Client(ServerSettings(url, "m", endpoint="chat"))
+        with ServerEngine(client, case.TOKENS, [problem], 400) as engine:
+            found = []
+            node = engine.root(case.prompt("p0"))
+            for _ in range(2):
+                engine.submit(node, 1, Limits(16), Sampling(), np.zeros((1, 2), np.uint32))
+                rollouts = []
+                while not rollouts:
+                    rollouts = engine.step()
+                found.append(rollouts[0][1].token_ids)
+                node = engine.append(node, found[-1])
+    texts = [case.TOKENS.tokenizer.decode(ids) for ids in found]
+    assert texts == ["x=1<end_of_step>", "\nx=1<end_of_step>"]
+
+
+@pytest.mark.parametrize("status", [401, 404, 503])
+def test_a_server_that_cannot_serve_anyone_ends_the_run(status):
+    from test_driver import searched
+
+    with serving(lambda *_: (status, {}, {"error": "no key"})) as url:
+        client = Client(ServerSettings(url, "m", attempts=2), lambda _: None)
         with ServerEngine(client, case.TOKENS, [case.problem("p0")], 400) as engine:
-            trees, _ = searched(make_driver(engine), ["p0"], SearchSettings(), 1)
-    assert trees["p0"].stopped == "failed" and "no key" in trees["p0"].extra["failure"]
+            with pytest.raises(ServerGone, match=f"HTTP {status}.*no key"):
+                searched(make_driver(engine), ["p0"], SearchSettings(), 1)
+
+
+def test_closing_ends_the_pauses():
+    client = Client(ServerSettings("http://127.0.0.1:9/v1", "m", first_pause_s=60.0))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.complete, "hello", **GREEDY)
+        while not client.retries:
+            time.sleep(0.01)
+        client.close()
+        with pytest.raises(ServerGone, match="the run ends"):
+            waiting.result(10)
 
 
 class Config:

@@ -72,6 +72,8 @@ def test_an_exported_folder_knows_the_marks(policies, tmp_path):
 def test_a_stage_of_a_run_is_found_with_its_config(tmp_path):
     (tmp_path / "round_2" / "sft" / "checkpoints" / "3").mkdir(parents=True)
     (tmp_path / "round_1" / "sft" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "round_2" / "evaluate").mkdir()
+    (tmp_path / "round_2" / "evaluate" / "done.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"config": {"model": "tiny"}}')
     stage = tmp_path / "round_2" / "sft"
     assert run_config(str(stage)) == {"model": "tiny"}

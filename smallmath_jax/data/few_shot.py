@@ -89,6 +89,15 @@ def few_shot_question(problem: Problem) -> str:
     return f"Question: {user_text(problem)}\n"
 
 
+def first_step(text: str, stops: tuple[str, ...]) -> str:
+    """A text up to and with its first stop mark; "" where it has none."""
+    found = [(text.index(mark), mark) for mark in stops if mark in text]
+    if not found:
+        return ""
+    place, mark = min(found)
+    return text[: place + len(mark)]
+
+
 def cut_step(text: str, stops: tuple[str, ...], stopped_by: str = "") -> tuple[str, str]:
     """(one step, its stop reason) of what a server wrote: up to and with the first stop mark.
 
@@ -96,10 +105,9 @@ def cut_step(text: str, stops: tuple[str, ...], stopped_by: str = "") -> tuple[s
     answer ends in <end_of_answer>, a print ends the program, anything else ends a step. "length" for a text that was
     cut off: stopped_by = "length".
     """
-    found = [(text.index(mark), mark) for mark in stops if mark in text]
-    if found:
-        place, mark = min(found)
-        return text[: place + len(mark)], "stop"
+    step = first_step(text, stops)
+    if step:
+        return step, "stop"
     if stopped_by in stops:
         return text + stopped_by, "stop"
     if stopped_by == "length":

@@ -149,7 +149,8 @@ def format_completion(reasoning: str, answer: str, grammar: Grammar) -> str:
 def stop_sequences(tokens: Tokens, grammar: Grammar) -> tuple[tuple[int, ...], ...]:
     """The token sequences that end a step: one id each where the marks are tokens.
 
-    In the text form a mark's ids depend on its neighbours, so each way it is spelt between common ones is given.
+    In the text form a mark's ids depend on its neighbours, so each way it is spelt between common ones is given, but
+    for those that go on where another one has ended already.
     """
     found: dict[tuple[int, ...], None] = {}
     for mark in grammar.stops:
@@ -160,7 +161,8 @@ def stop_sequences(tokens: Tokens, grammar: Grammar) -> tuple[tuple[int, ...], .
             for after in ("", "\n", "\n\n"):
                 ids = encode_after(tokens, mark + after, before)
                 found[tuple(ids.tolist())] = None
-    return tuple(found)
+    ends_before = lambda ids: any(ids[:length] in found for length in range(1, len(ids)))
+    return tuple(ids for ids in found if not ends_before(ids))
 
 
 def user_text(problem: Problem) -> str:

@@ -167,12 +167,16 @@ class Engine:
         positions = np.broadcast_to(np.arange(parent.next_position, after), (3, len(ids)))
         return self._tree.add(node, ids, positions.astype(np.int32), after)
 
-    def prune(self, node: int) -> None:
-        """Forgets `node` and all below it, and frees their pages; completions under way there are cancelled."""
+    def prune(self, node: int) -> set[int]:
+        """Forgets `node` and all below it, and frees their pages; completions under way there are cancelled.
+
+        Returns the nodes that went.
+        """
         gone = self._pool.remove(node)
         requests = [*self._waiting.items(), *filter(None, self._running)]
         for ticket in [ticket for ticket, request in requests if request.node in gone]:
             self.cancel(ticket)
+        return gone
 
     def score(self, node: int) -> float:
         """The value head's reading at the last token of `node`, before any tanh.

@@ -31,7 +31,7 @@ from smallmath_jax.rollout.sampling import match_stops, sample
 
 RUNNING, EOS, STOP, LENGTH = range(4)
 REASONS = ("running", "eos", "stop", "length")
-MAX_STOPS, MAX_STOP_LENGTH = 8, 16  # stop sequences of a request, tokens of one
+MAX_STOPS, MAX_STOP_LENGTH = 16, 16  # stop sequences of a request, tokens of one
 # Of [slots, kv heads, ...], [pages, kv heads, ...] and [slots, vocabulary]: each chip decodes its own slots; a page,
 # which any slot may need, lies on all of them.
 SLOTS, PAGES, LOGITS = ("data", "model"), (None, "model"), ("data", "model")

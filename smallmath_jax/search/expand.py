@@ -7,7 +7,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,11 @@ from smallmath_jax.search.tree import (
     LiveTree,
     backup,
     from_record,
+    is_terminal,
     mark_exhausted,
     new_tree,
     path,
+    revive,
     to_record,
     update,
 )
@@ -125,8 +127,7 @@ async def _count_again(run: Search) -> None:
         (backup if node.kind == "answer" else update)(node, float(score))
 
 
-@dataclasses.dataclass(frozen=True)
-class Grown:
+class Grown(NamedTuple):
     """The children of a node, ready to be attached, and what was left out."""
 
     children: list[LiveNode]
@@ -136,10 +137,31 @@ class Grown:
     discarded: int
 
 
-async def draw(run: Search, node: LiveNode, count: int) -> Sequence[Candidate]:
-    """`count` samples of the next step; each draw is keyed by what names it."""
+async def widen(run: Search, nodes: Sequence[LiveNode]) -> bool:
+    """Draws as many candidates again for nodes that have children; steps they have already are dropped.
+
+    Returns whether there is anything new to select below them.
+    """
+    again = ("again", run.live.rollouts)
+    drawn = await asyncio.gather(
+        *(draw(run, node, run.settings.candidates, *again) for node in nodes)
+    )
+    for node, candidates in zip(nodes, drawn, strict=True):
+        known = {tuple(child.token_ids[: child.written]) for child in node.children}
+        fresh = [one for one in candidates if tuple(one.token_ids) not in known]
+        grown = await grow(run, node, fresh)
+        spent = sum(len(one.token_ids) for one in candidates)
+        repeated = len(candidates) - len(fresh)
+        attach(run, node, grown._replace(tokens=spent, duplicates=grown.duplicates + repeated))
+        if not all(map(is_terminal, grown.children)):
+            revive(node)
+    return not run.live.root.exhausted
+
+
+async def draw(run: Search, node: LiveNode, count: int, *more: Any) -> Sequence[Candidate]:
+    """`count` samples of the next step; each draw is keyed by what names it, `more` included."""
     settings = run.settings
-    names = (settings.seed, run.problem.id, settings.round, node.tag)
+    names = (settings.seed, run.problem.id, settings.round, node.tag, *more)
     keys = np.stack([draw_key(*names, sample) for sample in range(count)])
     return await run.generate(handle_of(run, node), count, keys)
 

@@ -10,13 +10,14 @@ sample), so a tree does not depend on its neighbours, and a stored tree goes on 
 
 import asyncio
 import itertools
+import math
 from typing import Any
 
 from smallmath_jax.records import Problem, Tree, draw_key
 from smallmath_jax.search import vote
-from smallmath_jax.search.expand import Search, expand, finish, open_search
+from smallmath_jax.search.expand import Search, expand, finish, open_search, widen
 from smallmath_jax.search.settings import SearchSettings
-from smallmath_jax.search.tree import backup, best_child
+from smallmath_jax.search.tree import LiveNode, backup, best_child
 
 
 async def search(
@@ -59,13 +60,41 @@ async def _search(run: Search) -> str:
     live, settings = run.live, run.settings
     while live.rollouts < settings.rollouts:
         if live.root.exhausted:
-            return "exhausted"
+            if not settings.widen:
+                return "exhausted"
+            if not await widen(run, picked_path(run)):
+                live.rollouts += 1  # it cost as much as one
+                live.wasted += 1
+                continue
         reason = vote.stop_reason(live, settings, run.equal)
         if reason:
             return reason
         await rollout(run)
         live.rollouts += 1
     return "rollouts"
+
+
+def picked_path(run: Search) -> list[LiveNode]:
+    """From the root down to a node without expanded children, each step picked with the policy's probability.
+
+    That is how a new search would come there. Nodes whose children answer are left out: answers to one output agree.
+    """
+    settings = run.settings
+    nodes, node = [], run.live.root
+    while node is not None:
+        if not any(child.kind == "answer" for child in node.children):
+            nodes.append(node)
+        names = (settings.seed, run.problem.id, settings.round, node.tag, "pick", run.live.rollouts)
+        opened = [child for child in node.children if child.children]
+        draw = (int(draw_key(*names)[0]) + 0.5) / 2**32
+        highest = max((child.log_prob for child in opened), default=0.0)
+        weights = [math.exp(child.log_prob - highest) for child in opened]
+        below = itertools.accumulate(weights)
+        reached = (
+            child for child, sum_ in zip(opened, below, strict=True) if sum_ > draw * sum(weights)
+        )
+        node = next(reached, opened[-1] if opened else None)
+    return nodes
 
 
 async def rollout(run: Search) -> None:

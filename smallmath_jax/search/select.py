@@ -131,7 +131,8 @@ def _at_random(found: Sequence[Trajectory], n: int, seed: int) -> list[Trajector
     return [found[index] for index in order[:n]]
 
 
-# Ablation of section 9.1: what SFT trains on. The baselines are published over plain samples (`beam.sample_chains`).
+# Ablation of section 9.1: what SFT trains on. The baselines are published over plain samples: trees of
+# `beam.sample_chains`, which `config.evolve.sampler` chooses.
 SFT_VARIANTS: dict[str, Callable[[Sequence[Trajectory], int, int], list[Trajectory]]] = {
     "step_verified": lambda found, n, seed: best_by_q(found, n),
     "rejection": rejection,

@@ -54,6 +54,7 @@ class SearchSettings:
     choose: str = "value"
     stop: str = "rollouts"
     confidence: float = 0.95
+    widen: bool = False
     output_characters: int = 1024  # of a program's output that the policy is shown
     compat: str = ""
     seed: int = 0
@@ -108,6 +109,7 @@ RSTAR = {
     "prior": 0.0,
     "choose": "value",
     "stop": "rollouts",
+    "widen": False,
     "output_characters": 1024,
 }
 

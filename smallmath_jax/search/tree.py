@@ -133,6 +133,13 @@ def mark_exhausted(node: LiveNode | None) -> None:
         node = node.parent
 
 
+def revive(node: LiveNode | None) -> None:
+    """Takes back `mark_exhausted`: below `node` there is something to find again."""
+    while node is not None:
+        node.exhausted = False
+        node = node.parent
+
+
 def update(node: LiveNode, value: float) -> None:
     """One visit of this node alone."""
     node.visit_count += 1

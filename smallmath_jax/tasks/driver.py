@@ -275,10 +275,10 @@ class Driver:
         raw = dict(zip(fits, engine.scores([place.judged for place in fits]), strict=True))
         for places, done in asked:
             if not done.done():
-                squashed = [
-                    math.tanh(raw[place] / squash) if place in raw else WORST for place in places
+                scores = [
+                    squashed(raw[place], squash) if place in raw else WORST for place in places
                 ]
-                done.set_result(squashed)
+                done.set_result(scores)
 
     def _candidate(self, rollout: Rollout) -> Candidate:
         return Candidate(
@@ -287,6 +287,11 @@ class Driver:
             log_prob=float(rollout.log_probs.sum()),
             stop_reason=rollout.stop_reason,
         )
+
+
+def squashed(raw: float, squash: float) -> float:
+    """A raw value as a score in [-1, 1]."""
+    return math.tanh(raw / squash)
 
 
 def same_answer(first: str, second: str) -> bool:

@@ -29,7 +29,14 @@ from smallmath_jax.tasks import identity, runs, searched
 from smallmath_jax.tasks.checks import check
 from smallmath_jax.tasks.completions import completion_row
 from smallmath_jax.tasks.driver import open_host, same_answer
-from smallmath_jax.tasks.policy import Policy, load_policy, make_mesh, prompts_for, with_pixels
+from smallmath_jax.tasks.policy import (
+    Policy,
+    load_policy,
+    make_mesh,
+    prompts_for,
+    settle_grammar,
+    with_pixels,
+)
 from smallmath_jax.tasks.rollouts import Request, make_engine, run_requests, sampling_of
 from smallmath_jax.tasks.sources import load_sources
 from smallmath_jax.train.loop import Progress, StopSignal, StopTogether
@@ -40,6 +47,12 @@ PART_ROWS = 64  # problems a published part: what a killed evaluation can lose
 
 def run(config: Any, workdir: str) -> None:
     """Evaluates one policy and writes WORKDIR/report."""
+    plain = config.prompt.grammar == "auto"
+    settle_grammar(config)
+    if plain and config.prompt.grammar == "code_steps":
+        raise ValueError(
+            f"the policy of {config.init_from} writes code steps: take configs/evaluate.py:{config.mode}-steps"
+        )
     check(config)
     if config.eval.method == "sample" and config.prompt.grammar != "code_steps":
         _run_plain(config, workdir)

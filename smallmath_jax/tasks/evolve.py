@@ -3,6 +3,7 @@
     WORKDIR/bootstrap/                                  the first policy, where it is fine-tuned here
     WORKDIR/round_0/evaluate/                           what it can do
     WORKDIR/round_K/{search,select,sft,ppm,evaluate}/   round K; each folder has a done.json when it is finished
+    WORKDIR/round_K/{orm,pqm}/                          its preference model's rivals, where they are asked for
     WORKDIR/evolution.json, report/                     what the report shows of the rounds
 
 One command runs it all or continues it. Round K searches with the policy and preference model of round K - 1, trains
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from smallmath_jax.data.batches import make_sequence
+from smallmath_jax.data.few_shot import EXAMPLES
 from smallmath_jax.data.tiny import tiny_problems
 from smallmath_jax.data.tiny_noise import noisy_solution
 from smallmath_jax.data.tokens import completion_ids
@@ -26,6 +28,7 @@ from smallmath_jax.tasks import (
     ballots,
     checks,
     evaluate,
+    evolve_rivals,
     evolve_trees,
     export,
     ppm,
@@ -35,6 +38,7 @@ from smallmath_jax.tasks import (
 )
 from smallmath_jax.tasks.driver import open_host
 from smallmath_jax.tasks.evolve_stages import (
+    SAMPLERS,
     Bench,
     evaluate_stage,
     lessons_of,
@@ -95,6 +99,13 @@ def check(config: Any) -> None:
             )
     if evolve.guidance[0] == "ppm":
         raise ValueError("evolve.guidance: the first round has no preference model, use 'terminal'")
+    if evolve.sampler not in SAMPLERS:
+        raise ValueError(f"evolve.sampler={evolve.sampler!r}: known are {', '.join(SAMPLERS)}")
+    if evolve.sampler == "chains" and evolve.selection == "step_verified":
+        raise ValueError(
+            "evolve.selection='step_verified' reads the Q-values of a search, and evolve.sampler='chains' draws "
+            "without one; choose 'rejection' or 'random'"
+        )
     for number in range(1, evolve.rounds + 1):
         try:
             round_settings(config, number)
@@ -102,6 +113,9 @@ def check(config: Any) -> None:
             raise ValueError(f"config.evolve, round {number}: {error}") from error
     if config.bootstrap.base_url:
         settings_of(config.bootstrap)
+    evolve_rivals.check(config)
+    if not 0 <= config.bootstrap.shots <= len(EXAMPLES):
+        raise ValueError(f"bootstrap.shots={config.bootstrap.shots}: from 0 to {len(EXAMPLES)}")
     if evolve.start not in ("previous", "base"):
         raise ValueError(f"evolve.start={evolve.start!r}: known are 'previous', 'base'")
 
@@ -178,6 +192,7 @@ def one_round(
     judge = train_judge(bench, number, policy, pool)
     final = number == config.evolve.rounds
     tell(bench, number, evaluate_stage(bench, number, policy, judge, final))
+    train_rivals(bench, number, policy, pool)
     return policy, judge
 
 
@@ -225,9 +240,14 @@ def fine_tune(bench: Bench, number: int, start: Policy, pool: Sequence[Problem])
     )
 
 
-def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Problem]) -> Policy:
-    """The preference model of a round: the round's policy with a value head, on the pairs of the last rounds."""
-    config, folder = bench.config, bench.round_folder(number) / "ppm"
+def train_judge(
+    bench: Bench, number: int, policy: Policy, pool: Sequence[Problem], name: str = "ppm"
+) -> Policy:
+    """The preference model of a round: the round's policy with a value head, on the pairs of the last rounds.
+
+    `name`: of its folder.
+    """
+    config, folder = bench.config, bench.round_folder(number) / name
     first = max(1, number + 1 - config.evolve.pair_rounds) if config.evolve.pair_rounds else 1
     rounds = [bench.round_folder(k) for k in range(first, number + 1)]
     pairs, examples = [], []
@@ -252,6 +272,16 @@ def train_judge(bench: Bench, number: int, policy: Policy, pool: Sequence[Proble
         bench.stop,
         title=title,
     )
+
+
+def train_rivals(bench: Bench, number: int, policy: Policy, pool: Sequence[Problem]) -> None:
+    """The reward models beside a round's own (`config.evolve.also_train`), and their scores of its evaluation."""
+    for loss in evolve_rivals.losses_of(bench.config, number):
+        if evolve_rivals.scored(bench, number, loss) is None:
+            changed = evolve_rivals.rival_config(bench, number, loss)
+            other = dataclasses.replace(bench, config=changed)
+            model = train_judge(other, number, policy, pool, name=loss)
+            evolve_rivals.score_stage(bench, number, loss, model)
 
 
 # ---- what is told
@@ -376,4 +406,5 @@ def reward_row(bench: Bench, number: int) -> dict[str, Any]:
         ballots.BOTH: f"+ {bench.config.ppm.loss.upper()} and log-probability",
         ballots.WEIGHTED: f"+ {bench.config.ppm.loss.upper()}-weighted vote",
     }
-    return row | {names[name]: one for name, one in found["at_n"].items()}
+    row |= {names[name]: one for name, one in found["at_n"].items()}
+    return row | evolve_rivals.row(bench, number)

@@ -42,12 +42,12 @@ SEARCHES = "complete searches, {name}"
 
 
 def sample_cases(rows: Iterable[Row]) -> list[Case]:
-    """A case of each problem's sampled trajectories."""
-    groups: dict[str, list[Row]] = defaultdict(list)
+    """A case of each problem's sampled trajectories; of a problem that a source has twice the first ones count."""
+    groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for row in sorted(rows, key=lambda row: row["sample"]):
         if row["extra"]["decoding"] == SAMPLED:
-            groups[row["problem_id"]].append(row)
-    return [_sample_case(name, found) for name, found in groups.items()]
+            groups[row["problem_id"]].setdefault(row["sample"], row)
+    return [_sample_case(name, list(found.values())) for name, found in groups.items()]
 
 
 def _sample_case(name: str, rows: Sequence[Row]) -> Case:

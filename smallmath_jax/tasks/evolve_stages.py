@@ -33,13 +33,15 @@ from smallmath_jax.records import (
     write_text,
 )
 from smallmath_jax.search import select
-from smallmath_jax.search.mcts import search_seeds
+from smallmath_jax.search.beam import sample_chains
+from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.pairs import PairSettings
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.vote import Scale, scale_of
 from smallmath_jax.tasks import chains, evolve_measures, ppm, runs, searched
 from smallmath_jax.tasks.driver import Driver, Host, Judge
 from smallmath_jax.tasks.evolve_checks import Checked, checked, count_failed, has_right
+from smallmath_jax.tasks.local import open_local
 from smallmath_jax.tasks.policy import Policy, prompts_for
 from smallmath_jax.tasks.rollouts import engine_weights, make_engine
 from smallmath_jax.tasks.search import (
@@ -133,9 +135,35 @@ def round_settings(config: Any, number: int) -> SearchSettings:
         round=number,
         rollouts=evolve.rollouts[number - 1],
         candidates=evolve.candidates[number - 1],
-        guidance=evolve.guidance[number - 1],
+        guidance=guidance_of(config, number),
         max_errors=evolve.max_errors[number - 1],
     )
+
+
+def guidance_of(config: Any, number: int) -> str:
+    """What guides a round's search; whole trajectories without search are guided by nothing."""
+    return config.evolve.guidance[number - 1] if config.evolve.sampler == "mcts" else "terminal"
+
+
+async def plain_samples(
+    problem: Problem,
+    root: Any,
+    *,
+    settings: SearchSettings,
+    tree: Tree | None = None,
+    **callables: Any,
+) -> Tree:
+    """As many independent trajectories as a search would take rollouts, in a tree that branches at its root alone.
+
+    A tree that goes on is drawn again from its start: the same keys give its trajectories once more, then new ones.
+    """
+    count = settings.rollouts
+    return await sample_chains(problem, root, count=count, settings=settings, **callables)
+
+
+# `config.evolve.sampler` -> where a round's trajectories come from. The baselines of the ablation of SFT data (section
+# 9.1: random sampling, rejection sampling) draw them without search.
+SAMPLERS: dict[str, Callable[..., Any]] = {"mcts": search, "chains": plain_samples}
 
 
 def search_stage(
@@ -146,6 +174,7 @@ def search_stage(
     if found := agreed_manifest(folder):
         return found
     started = time.time()
+    problems = searchable(bench.config, number, problems)
     with round_driver(bench, number, policy, judge, problems) as driver:
         record = _search_round(bench, number, driver, problems)
     return write_manifest(folder, record, started)
@@ -155,18 +184,35 @@ def search_stage(
 def round_driver(
     bench: Bench, number: int, policy: Policy, judge: Policy | None, problems: Sequence[Problem]
 ) -> Iterator[Driver]:
-    """What a round searches with: the policy, or in round 1 the server that `config.bootstrap.base_url` names."""
+    """What a round searches with: the policy, or in round 1 the server or local model that `bootstrap` names."""
     config, bootstrap = bench.config, bench.config.bootstrap
-    if number > 1 or not bootstrap.base_url:
-        guided = config.evolve.guidance[number - 1] == "ppm"
+    if number > 1 or not (bootstrap.base_url or bootstrap.model):
+        guided = guidance_of(config, number) == "ppm"
         yield bench.driver(policy, judge if guided else None, number - 1)
         return
-    client = Client(settings_of(bootstrap))
-    length = config.engine.cache_length
     asked = drawing(config)
     asked["sampling"] = Sampling(temperature=bootstrap.temperature)
-    with ServerEngine(client, policy.tokens, problems, length) as engine:
+    asked["max_tokens"] = bootstrap.max_tokens
+    if bootstrap.base_url:
+        client = Client(settings_of(bootstrap))
+        length = config.engine.cache_length
+        engine = ServerEngine(client, policy.tokens, problems, length, bootstrap.shots)
+    else:
+        engine = open_local(config, policy.tokens, problems, bench.mesh)
+    with engine:
         yield Driver(policy, engine, bench.host, **asked)
+
+
+def searchable(config: Any, number: int, problems: list[Problem]) -> list[Problem]:
+    """The problems a round can search: the few-shot prompt of another model holds no pictures."""
+    if number > 1 or not (config.bootstrap.base_url or config.bootstrap.model):
+        return problems
+    texts = [problem for problem in problems if not problem.images]
+    if len(texts) < len(problems):
+        runs.say(
+            f"round {number}: {len(problems) - len(texts)} problems with pictures wait for the next round"
+        )
+    return texts
 
 
 def _search_round(
@@ -183,6 +229,7 @@ def _search_round(
         config,
         stop=bench.stop,
         title=f"round {number} {name}",
+        walk=SAMPLERS[config.evolve.sampler],
         **more,
     )
     by_id = {problem.id: problem for problem in problems}
@@ -205,7 +252,7 @@ def _search_round(
         for total in config.evolve.more:
             some = {problem.id: problem for problem in tried}
             before = {entry.key: entry for entry in find_trees(_tree_folders(folder))}
-            more = dataclasses.replace(settings, rollouts=total)
+            more = dataclasses.replace(settings, rollouts=total, widen=True)
             grow(
                 tried,
                 more,

@@ -161,10 +161,13 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
 
 
 def note_data(folder: epath.Path, told: dict[str, Any]) -> None:
-    """Keeps what became of training sources in the config.json of a run, given its folder or that of its SFT stage."""
-    if hosts.host_index() == 0:
-        places = (folder / "config.json", folder.parent / "config.json")
-        path = next(place for place in places if place.exists())
+    """Keeps what became of training sources in the config.json of a run, given its folder or that of its SFT stage.
+
+    What is called outside a run (a benchmark's script) has no config.json, and nothing is kept.
+    """
+    places = (folder / "config.json", folder.parent / "config.json")
+    path = next((place for place in places if place.exists()), None)
+    if path is not None and hosts.host_index() == 0:
         record = json.loads(path.read_text())
         record["training_data"] = {**record.get("training_data", {}), **told}
         write_text(path, json.dumps(record, indent=1))

@@ -119,9 +119,9 @@ def grow_trees(
     """Searches every problem `searches` times, with as many seeds, into parts of `folder`; what is there is not redone.
 
     `earlier`: (problem id, seed) -> a tree that goes on (rollouts count from its first), or None. `walk`: how a problem
-    is searched, `mcts.search` or one of `beam`. Each host searches its share, and all leave together: with the signal's
-    exit code when `stop` asks any of them for it, all finished trees saved. Returns what the engine did (Meter.read);
-    {} where nothing was left to search.
+    is searched, `mcts.search` or one of `beam`. Each host searches its share, and all leave together: with the
+    signal's exit code when `stop` asks any of them for it, all finished trees saved. Returns what the engine did
+    (Meter.read); {} where nothing was left to search.
     """
     seeds = search_seeds(settings.seed, searches)
     done = {entry.key for entry in find_trees([folder]) if entry.stopped != FAILED}

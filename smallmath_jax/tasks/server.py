@@ -36,6 +36,7 @@ OF_THE_REQUEST = (
     500,
 )  # what one request is to blame for, and not the server or its address
 ENDPOINTS = ("completions", "chat")
+REFUSED = 3  # different prompts: a server that has refused so many and answered none refuses all
 
 
 class ServerError(OSError):
@@ -81,6 +82,7 @@ class Client:
         self._closed = threading.Event()
         self.settings, self._sleep = settings, sleep or self._closed.wait
         self._lock, self._next = threading.Lock(), 0.0
+        self._answered, self._refused = False, set()
         self.retries = 0
 
     def complete(
@@ -100,7 +102,16 @@ class Client:
         }
         chat = self.settings.endpoint == "chat"
         body |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
-        answer = self._ask("/chat/completions" if chat else "/completions", body)
+        try:
+            answer = self._ask("/chat/completions" if chat else "/completions", body)
+        except ServerGone:
+            raise
+        except ServerError as error:
+            self._refused.add(text)
+            if not self._answered and len(self._refused) >= REFUSED:
+                raise ServerGone(f"every request is refused: {error}") from error
+            raise
+        self._answered = True
         try:
             choice = answer["choices"][0]
             found = choice["message"]["content"] if chat else choice["text"]
@@ -199,7 +210,8 @@ class ServerEngine:
         self._paths: dict[int, tuple[Problem, tuple[int, ...]]] = {}
         self._parents: dict[int, int | None] = {}
         self._next = 0
-        self._flights: dict[int, tuple[int, concurrent.futures.Future]] = {}
+        # ticket -> (node, what its answer must begin with, the answer to come)
+        self._flights: dict[int, tuple[int, str, concurrent.futures.Future]] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(self.slots, "server")
         self._started, self._decoded, self._requests = time.perf_counter(), 0, 0
 
@@ -232,8 +244,8 @@ class ServerEngine:
             if one in gone or self._parents[one] in gone:
                 gone.add(one)
                 del self._paths[one], self._parents[one]
-        for ticket in [ticket for ticket, (at, _) in self._flights.items() if at in gone]:
-            self._flights.pop(ticket)[1].cancel()
+        for ticket in [ticket for ticket, (at, *_) in self._flights.items() if at in gone]:
+            self._flights.pop(ticket)[-1].cancel()
 
     def submit(
         self, node: int, n: int, limits: Limits, sampling: Sampling, keys: np.ndarray
@@ -243,6 +255,8 @@ class ServerEngine:
         tickets = []
         for key in np.asarray(keys):
             ticket, self._next = self._next, self._next + 1
+            # Chat servers strip an answer's white space: a step that goes on begins on a line of its own
+            lead = "\n" if path and self.client.settings.endpoint == "chat" else ""
             future = self._pool.submit(
                 self.client.complete,
                 text,
@@ -251,7 +265,7 @@ class ServerEngine:
                 seed=int(key[0]) & 0x7FFFFFFF,
                 stop=self._stops,
             )
-            self._flights[ticket] = (node, future)
+            self._flights[ticket] = (node, lead, future)
             tickets.append(ticket)
         return tickets
 
@@ -260,22 +274,22 @@ class ServerEngine:
 
         Raises ServerGone when the server is.
         """
-        futures = {future: ticket for ticket, (_, future) in self._flights.items()}
+        futures = {future: ticket for ticket, (*_, future) in self._flights.items()}
         done, _ = concurrent.futures.wait(
             futures, 0.05, return_when=concurrent.futures.FIRST_COMPLETED
         )
         found: list[tuple[int, Rollout | Exception]] = []
         for ticket in sorted(futures[future] for future in done):
-            _, future = self._flights.pop(ticket)
+            _, lead, future = self._flights.pop(ticket)
             self._requests += 1
             error = future.exception()
             if isinstance(error, ServerGone):
                 raise error
-            found.append((ticket, error if error is not None else self._rollout(*future.result())))
+            found.append((ticket, error or self._rollout(lead, *future.result())))
         return found
 
-    def _rollout(self, text: str, stopped_by: str) -> Rollout:
-        step, reason = cut_step(text, self._stops, stopped_by)
+    def _rollout(self, lead: str, text: str, stopped_by: str) -> Rollout:
+        step, reason = cut_step(lead + text.removeprefix(lead), self._stops, stopped_by)
         ids = encode_after(self._tokens, step).astype(np.int32)
         self._decoded += len(ids)
         return Rollout(ids, np.zeros(len(ids), np.float32), reason, self.version)

@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from smallmath_jax.parallel import hosts
-from smallmath_jax.records import Tree, lines_of, to_json, write_part, write_text
+from smallmath_jax.records import Tree, to_json, write_part, write_text
 from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.tasks.sources import name_of
 
@@ -145,9 +145,10 @@ def group_of(row: Mapping[str, Any]) -> str:
 def _part_index(part: epath.Path, indexed: bool) -> list[Entry]:
     if indexed:
         path = part.parent / "index" / part.name
-        rows = map(json.loads, lines_of(path.read_bytes()))
+        rows = map(json.loads, path.read_bytes().splitlines())
         return [Entry(**(row | {"part": part})) for row in rows]
-    lines = lines_of(part.read_bytes())
+    lines = part.read_bytes().split(b"\n")
+    lines = lines if lines[-1] else lines[:-1]
     rows = (_parsed(line, part, number) for number, line in enumerate(lines, 1))
     found = _index_rows(rows, map(len, lines))
     return [dataclasses.replace(one, part=part) for one in found]
@@ -156,7 +157,7 @@ def _part_index(part: epath.Path, indexed: bool) -> list[Entry]:
 def _parsed(line: bytes, part: epath.Path, number: int | str) -> dict[str, Any]:
     try:
         return json.loads(line)
-    except ValueError as error:  # torn inside a character, too
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{part}, line {number}: not a JSON object ({error}); the part is damaged, delete or restore it"
         ) from error

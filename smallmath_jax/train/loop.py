@@ -13,7 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from smallmath_jax.parallel import hosts
-from smallmath_jax.records import lines_of, write_part
+from smallmath_jax.records import write_part
 from smallmath_jax.train.events import drop_events, write_events
 
 LOG_FOLDERS = ("metrics", "completions")  # what holds parts named STEP-hostH.jsonl
@@ -102,7 +102,7 @@ def _parts(folder: epath.Path) -> list[epath.Path]:
 
 def _trim(path: epath.Path, step: int, host: int) -> list[dict[str, Any]]:
     """Replaces a part by its records up to `step`, and returns them. Killed in between, it can be called again."""
-    rows = [json.loads(line) for line in lines_of(path.read_bytes())]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     kept = [row for row in rows if row.get("step", step + 1) <= step]
     if kept:
         write_part(path.parent, part_name(kept[-1]["step"], host), kept)

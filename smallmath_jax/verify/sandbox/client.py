@@ -362,7 +362,7 @@ class Sandbox:
 
 @contextlib.contextmanager
 def start_sandbox(settings: SandboxSettings = _DEFAULTS) -> Iterator[Sandbox]:
-    """Starts the sandbox, to be used in a `with`; do it before importing jax in the same process.
+    """Starts the sandbox, to be used in a `with`; before or after jax is imported makes no difference to it.
 
     Raises SandboxError when no isolation is to be had (containers may forbid it) and `allow_unsafe` is not set.
     """

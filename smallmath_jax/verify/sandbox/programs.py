@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable
 from typing import NamedTuple
 
-from smallmath_jax.verify.sandbox import linux
+from smallmath_jax.verify.sandbox import heap, linux
 
 # Descriptors of a forker: job (memory file), control (socket), where prefixes print, where code prints, go (pipe).
 JOB, CONTROL, SINK, OUT, GO = 20, 21, 22, 23, 24
@@ -29,11 +29,13 @@ OUT_OF_MEMORY = 86  # exit status of a program that ran out of memory
 NOT_A_UNIT = (
     87  # exit status of a kept prefix's fork whose text only compiles as a whole: to be run anew
 )
+ASKS_FOR_MORE = 88  # exit status of a light forker's program that imports what is not there
 RUN, KEEP = b"r", b"k"
 LENGTHS = struct.Struct("<II")  # a job: lengths of prefix and code, then both
 _FUTURE = 0x1FF0000  # compiler flags a `from __future__` sets, to be carried from prefix to code
 
 _exit = os._exit  # programs may replace the other name
+_kept: list[object] = []  # what fills holes in the heap
 
 _WARM_UP = """
 import sympy as sp, numpy as np, math, fractions, itertools, collections, statistics, mpmath
@@ -49,12 +51,14 @@ sp.trigsimp(sp.sin(x) ** 2 + sp.cos(x) ** 2); sp.series(sp.cos(x), x, 0, 4); str
 np.linalg.solve(np.eye(3) * 2.0, np.arange(3.0)); np.roots([1, -3, 2]); str(np.arange(3) / 3)
 mpmath.mpf(1) / 3; str(fractions.Fraction(3, 9)); statistics.mean([1, 2]); list(itertools.permutations("abc"))
 """
-_ALSO = ("decimal", "datetime", "functools", "operator", "re", "string", "json", "typing", "dataclasses", "cmath",
-         "heapq", "bisect", "copy", "time", "random", "traceback", "linecache", "collections.abc")  # fmt: skip
+_ALSO = ("math", "fractions", "itertools", "collections", "statistics", "decimal", "datetime", "functools", "operator",
+         "re", "string", "json", "typing", "dataclasses", "cmath", "heapq", "bisect", "copy", "time", "random",
+         "traceback", "linecache", "collections.abc")  # fmt: skip
 
 
 def warm(modules: tuple[str, ...]) -> list[str]:
-    """Imports everything programs ask for and lets it fill its caches. Returns the modules that were there."""
+    """Imports everything programs ask for, lets it fill its caches and specialise its code, and brings together what
+    it uses (`heap`). Returns the modules that were there."""
     found = []
     for name in (*modules, *_ALSO):
         try:
@@ -63,11 +67,30 @@ def warm(modules: tuple[str, ...]) -> list[str]:
             continue
         found.append(name)
     if {"sympy", "numpy", "mpmath"} <= set(found):
-        exec(compile(_WARM_UP, "<warm-up>", "exec"), {"__name__": "warm-up"})
+        work = compile(_WARM_UP, "<warm-up>", "exec")
+        again = lambda: exec(work, {"__name__": "warm-up"})
+        again()
+        heap.pack_code(heap.calls_of(again))
+        again()
+        again()
     random.seed(0)
     if "numpy" in found:
         sys.modules["numpy"].random.seed(0)
     return [name for name in found if name in modules]
+
+
+class _OnlyTheStandardLibrary:
+    """A finder that ends a program that imports anything else: it is run again, from its start, in the warm forker."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] not in sys.stdlib_module_names:
+            _exit(ASKS_FOR_MORE)
+
+
+def stay_light() -> None:
+    """Makes this a light forker: it never holds more than the standard library."""
+    sys.meta_path.insert(0, _OnlyTheStandardLibrary)
 
 
 def settle() -> None:
@@ -86,19 +109,11 @@ def settle() -> None:
         signal.signal(number, signal.SIG_DFL)
     atexit._clear()
     gc.collect()
-    collapse_heap()
+    _kept.extend(heap.fill_holes())
+    heap.immortalise()
+    heap.collapse()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-
-
-def collapse_heap() -> int:
-    """Puts the heap on huge pages where the kernel can (6.1 on): a fork then copies a few hundred page table entries
-    instead of fifteen thousand. Returns how many. Blocks are found by where objects lie: there is no /proc."""
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    size, collapse = 1 << 21, 25
-    blocks = {id(thing) // size for thing in gc.get_objects()}
-    return sum(libc.madvise(block * size, size, collapse) == 0 for block in blocks)
 
 
 def limit(memory: int, output: int) -> None:

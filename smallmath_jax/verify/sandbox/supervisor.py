@@ -1,6 +1,7 @@
 """The process that owns the workers: hands them programs, replaces those that die, ends with its client.
 
-Started by exec, so that nothing of the client is in its memory, and before the client loads a device library.
+Started by exec, with an environment, descriptors and signals of its own: nothing of the client is in it, whatever the
+client has loaded by then (a device library, threads).
 """
 
 import collections
@@ -9,6 +10,7 @@ import hashlib
 import json
 import os
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -83,6 +85,7 @@ class State:
 
 def main() -> None:
     """Entry point: the client's socket number and the configuration as JSON on the command line."""
+    default_signals()
     client = socket.socket(fileno=int(sys.argv[1]))
     config = json.loads(sys.argv[2])
     client.setblocking(False)
@@ -102,6 +105,23 @@ def main() -> None:
         _kill_stuck(state)
         _dispatch(state)
         _flush(state)
+
+
+def default_signals() -> None:
+    """Signals as at a login: what a client ignores or blocks outlives exec, in every process that comes of this one.
+
+    With SIGCHLD ignored no child could be waited for; with SIGXCPU ignored a program would outlive its limit.
+    """
+    kept = {
+        signal.SIGKILL,
+        signal.SIGSTOP,
+        signal.SIGPIPE,
+        signal.SIGXFSZ,
+    }  # Python ignores the last two itself
+    for number in signal.valid_signals() - kept:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _start_worker(state: State) -> None:

@@ -32,6 +32,8 @@ class Forker(NamedTuple):
     out: int
     err: int
     go: int
+    listener: int = -1  # asks leave for its forks; -1: they need none
+    light: bool = False  # it holds the standard library alone
     cpu: float = 0.0  # seconds its prefix took
     wall: float = 0.0
 
@@ -79,9 +81,9 @@ def write_job(forker: Forker, prefix: bytes, code: bytes) -> None:
     os.pwrite(forker.job, b"".join((header, prefix, code)), 0)
 
 
-def reset(forker: Forker) -> None:
+def reset(forker: Forker, sink: bool) -> None:
     """Empties what was printed to, and undoes what a program may have set on the shared file descriptions."""
-    for number in (forker.out, forker.err, forker.sink):
+    for number in (forker.out, forker.err, forker.sink) if sink else (forker.out, forker.err):
         os.ftruncate(number, 0)
         os.lseek(number, 0, os.SEEK_SET)
         fcntl.fcntl(number, fcntl.F_SETFL, 0)
@@ -95,7 +97,7 @@ def printed(number: int, cap: int, tail: int = 0) -> tuple[bytes, bool]:
     return os.pread(number, kept - start, start), size > cap
 
 
-def order(forker: Forker, kind: bytes, listener: int, own: Sequence[int] = ()) -> tuple[int, bool]:
+def order(forker: Forker, kind: bytes, own: Sequence[int] = ()) -> tuple[int, bool]:
     """Has a forker fork. Returns the child's process id (0 when it gave none) and whether it was let fork at all."""
     try:
         forker.control.send(kind)
@@ -103,7 +105,7 @@ def order(forker: Forker, kind: bytes, listener: int, own: Sequence[int] = ()) -
             socket.send_fds(forker.control, [b"f"], list(own))
     except OSError:
         return 0, False
-    return _reported(forker, listener)
+    return _reported(forker, forker.listener)
 
 
 def _reported(forker: Forker, listener: int) -> tuple[int, bool]:

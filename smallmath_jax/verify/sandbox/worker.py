@@ -1,4 +1,4 @@
-"""A worker: process 1 of its own jail, which hands jobs to the warm forker, watches the clock and reads the outcome.
+"""A worker: process 1 of its own jail, which hands jobs to its forkers, watches the clock and reads the outcome.
 
 It never executes a program and trusts no process that has. Nothing a program writes is parsed: the verdict is its
 exit status, seen by `wait4`, and the two memory files it printed to.
@@ -7,6 +7,7 @@ exit status, seen by `wait4`, and the two memory files it printed to.
 import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from smallmath_jax.verify.sandbox import filters, jail, linux, programs, protocol, watch
 
 _READY = b"ready"
+MORE = "more"  # no verdict: the program wants modules the light forker does not have
 
 
 class Outcome(NamedTuple):
@@ -32,8 +34,11 @@ class Worker(NamedTuple):
     """What a running worker holds. The dictionaries change, the rest does not."""
 
     settings: protocol.SandboxSettings
-    forker: watch.Forker
-    listener: int  # -1: forks need no leave
+    warm: watch.Forker
+    light: (
+        watch.Forker | None
+    )  # for programs that need the standard library alone: its forks are cheap
+    heavy: re.Pattern[bytes]  # what a program for the warm one may be told by
     snapshots: "OrderedDict[bytes, watch.Forker]"
     failed: "OrderedDict[bytes, Outcome | None]"  # prefixes that fail, or (None) cannot be kept
     scratch: str  # "" where programs may write nowhere
@@ -83,12 +88,20 @@ def _start(
             raise OSError("this kernel has no Landlock")
         done.append(f"Landlock {version}" if version else "no Landlock")
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    forker, listener, found = _start_forker(settings, tier, null)
+    warm, found = _start_forker(settings, tier, null, settings.modules)
+    light = _start_forker(settings, tier, null, ())[0] if found else None
     if tier != "T1":
-        done.append("seccomp allow-list" + (", forks by leave" if listener >= 0 else ""))
+        done.append("seccomp allow-list" + (", forks by leave" if warm.listener >= 0 else ""))
     os.close(null)
-    worker = Worker(settings, forker, listener, OrderedDict(), OrderedDict(), scratch)
+    worker = Worker(settings, warm, light, _heavy(found), OrderedDict(), OrderedDict(), scratch)
     return worker, {"tier": tier, "isolation": ", ".join((*done, "limits")), "modules": found}
+
+
+def _heavy(modules: list[str]) -> re.Pattern[bytes]:
+    """Finds what a program mentions that the light forker has not. It need not find all: an import it missed is met
+    by `programs.stay_light`. The two words are for programs that look at what is loaded."""
+    names = {re.escape(name.partition(".")[0]) for name in modules}
+    return re.compile("|".join((*sorted(names), r"\bmodules\b", r"\bgc\b")).encode())
 
 
 def _become_first() -> None:
@@ -103,14 +116,14 @@ def _become_first() -> None:
 
 
 def _start_forker(
-    settings: protocol.SandboxSettings, tier: str, null: int
-) -> tuple[watch.Forker, int, list[str]]:
-    """The warm interpreter, its listener (-1: none) and the modules it found."""
+    settings: protocol.SandboxSettings, tier: str, null: int, modules: tuple[str, ...]
+) -> tuple[watch.Forker, list[str]]:
+    """An interpreter with these modules warm (none: a light one), and those it found."""
     forker, own = watch.open_forker()
     process = os.fork()
     if process == 0:
         try:
-            _be_forker(settings, tier, null, own)
+            _be_forker(settings, tier, null, own, modules)
         except BaseException as error:
             os.write(own[1], repr(error).encode())
         os._exit(1)
@@ -119,12 +132,18 @@ def _start_forker(
     message, numbers, _, _ = socket.recv_fds(forker.control, 65536, 1)
     if not message.startswith(_READY):
         raise OSError(f"the warm interpreter did not start: {message.decode() or 'it died'}")
-    listener = numbers[0] if numbers else -1
-    return forker._replace(process=process), listener, json.loads(message[len(_READY) :])
+    forker = forker._replace(
+        process=process, listener=numbers[0] if numbers else -1, light=not modules
+    )
+    return forker, json.loads(message[len(_READY) :])
 
 
 def _be_forker(
-    settings: protocol.SandboxSettings, tier: str, null: int, own: tuple[int, ...]
+    settings: protocol.SandboxSettings,
+    tier: str,
+    null: int,
+    own: tuple[int, ...],
+    modules: tuple[str, ...],
 ) -> None:
     os.environ.clear()
     home = "/tmp" if tier == "T3" else "/"
@@ -133,7 +152,9 @@ def _be_forker(
     targets = (programs.JOB, programs.CONTROL, programs.SINK, programs.OUT, programs.GO, 2)
     watch.place_descriptors((*own, own[3], null), (*targets, 1, 0))
     control = socket.socket(fileno=programs.CONTROL)
-    found = programs.warm(settings.modules)
+    found = programs.warm(modules)
+    if settings.modules and not modules:
+        programs.stay_light()
     programs.settle()
     programs.limit(settings.memory_mb << 20, settings.output_bytes)
     die_with_parent = lambda: linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -186,34 +207,46 @@ def _serve(worker: Worker, channel: socket.socket) -> None:
 
 
 def run_job(worker: Worker, prefix: bytes, code: bytes, siblings: bool) -> Outcome:
+    """One program: in the light forker where that will do."""
+    light = worker.light
+    if light is not None and not (worker.heavy.search(prefix) or worker.heavy.search(code)):
+        outcome = _run_under(worker, light, prefix, code, siblings)
+        if outcome.status != MORE:
+            return outcome
+        _empty(worker)
+    return _run_under(worker, worker.warm, prefix, code, siblings)
+
+
+def _run_under(
+    worker: Worker, forker: watch.Forker, prefix: bytes, code: bytes, siblings: bool
+) -> Outcome:
     """One program. Its prefix is kept executed when `siblings` are expected and nothing speaks against it."""
     start = time.monotonic()
-    if prefix and siblings and worker.listener >= 0 and worker.settings.snapshots:
-        kept = _kept_prefix(worker, prefix)
+    if prefix and siblings and forker.listener >= 0 and worker.settings.snapshots:
+        kept = _kept_prefix(worker, forker, prefix)
         if isinstance(kept, Outcome):
             return kept._replace(start=start)
         if kept is not None:
             outcome = _run_sibling(worker, kept, prefix, code)
             if outcome is not None:
                 return outcome
-        if not _emptied(worker):
-            raise SystemExit("the scratch folder cannot be emptied")
-    return _run_whole(worker, prefix, code)
+        _empty(worker)
+    return _run_whole(worker, forker, prefix, code)
 
 
-def _run_whole(worker: Worker, prefix: bytes, code: bytes) -> Outcome:
+def _run_whole(worker: Worker, forker: watch.Forker, prefix: bytes, code: bytes) -> Outcome:
     """A program from its first line."""
-    settings, forker = worker.settings, worker.forker
+    settings = worker.settings
     watch.write_job(forker, prefix, code)
     start = time.monotonic()
-    process, _ = watch.order(forker, programs.RUN, worker.listener)
+    process, _ = watch.order(forker, programs.RUN)
     if process <= 0:
-        raise SystemExit("the warm interpreter is gone")  # the supervisor starts another worker
+        raise SystemExit("a forker is gone")  # the supervisor starts another worker
     watch.set_limits(process, settings.cpu_seconds)
     limits = settings.cpu_seconds, settings.wall_seconds
-    end = watch.wait(process, worker.listener, start, *limits)
+    end = watch.wait(process, forker.listener, start, *limits)
     outcome = _outcome(worker, forker, end, start)
-    watch.reset(forker)
+    watch.reset(forker, sink=bool(prefix))
     return outcome
 
 
@@ -221,14 +254,16 @@ def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes)
     """Code in a fork of the process that has executed its prefix; None where that cannot be had."""
     settings = worker.settings
     os.kill(kept.process, signal.SIGCONT)
-    process, forked = watch.order(kept, programs.RUN, worker.listener)
+    process, forked = watch.order(kept, programs.RUN)
     os.kill(kept.process, signal.SIGSTOP)
-    known = {worker.forker.process, *(other.process for other in worker.snapshots.values())}
-    if process in known or not watch.is_child(process):
+    forkers = (worker.warm, *([worker.light] if worker.light else []), *worker.snapshots.values())
+    if process in {forker.process for forker in forkers} or not watch.is_child(process):
         # The prefix has spoilt the process it ran in: its programs run whole from now on.
         if forked:
             raise SystemExit("a kept prefix hides the process it made")  # all of this jail goes
-        _give_up(worker, prefix)
+        key = _key(kept.light, prefix)
+        watch.discard(worker.snapshots.pop(key))
+        worker.failed[key] = None
         return None
     start = time.monotonic()
     watch.set_limits(process, settings.cpu_seconds)
@@ -236,34 +271,30 @@ def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes)
     watch.write_job(kept, b"", code)
     os.write(kept.go, b"g")
     limits = settings.cpu_seconds - kept.cpu, settings.wall_seconds
-    end = watch.wait(process, worker.listener, start, *limits)
+    end = watch.wait(process, kept.listener, start, *limits)
     outcome = _outcome(worker, kept, end, start)
-    watch.reset(kept)
+    watch.reset(kept, sink=True)
     if os.WIFEXITED(end.status) and os.WEXITSTATUS(end.status) == programs.NOT_A_UNIT:
         return None
     return outcome._replace(cpu=outcome.cpu + kept.cpu, wall=outcome.wall + kept.wall)
 
 
-def _give_up(worker: Worker, prefix: bytes) -> None:
-    key = _key(prefix)
-    watch.discard(worker.snapshots.pop(key))
-    worker.failed[key] = None
+def _key(light: bool, prefix: bytes) -> bytes:
+    return hashlib.blake2b(prefix, digest_size=32, person=b"light" if light else b"warm").digest()
 
 
-def _key(prefix: bytes) -> bytes:
-    return hashlib.blake2b(prefix, digest_size=32).digest()
-
-
-def _kept_prefix(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
+def _kept_prefix(
+    worker: Worker, under: watch.Forker, prefix: bytes
+) -> watch.Forker | Outcome | None:
     """The process that has executed this prefix; the outcome where it fails; None where it cannot be kept."""
-    key = _key(prefix)
+    key = _key(under.light, prefix)
     if key in worker.snapshots:
         worker.snapshots.move_to_end(key)
         return worker.snapshots[key]
     if key in worker.failed:
         worker.failed.move_to_end(key)
         return worker.failed[key]
-    kept = _keep(worker, prefix)
+    kept = _keep(worker, under, prefix)
     if isinstance(kept, watch.Forker):
         worker.snapshots[key] = kept
         if len(worker.snapshots) > worker.settings.snapshots:
@@ -275,25 +306,25 @@ def _kept_prefix(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None
     return kept
 
 
-def _keep(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
+def _keep(worker: Worker, under: watch.Forker, prefix: bytes) -> watch.Forker | Outcome | None:
     """Executes a prefix in a process that stays. What failed for the lack of memory is left to a whole run."""
     settings = worker.settings
     forker, own = watch.open_forker()
     watch.write_job(forker, prefix, b"")
-    process, _ = watch.order(worker.forker, programs.KEEP, worker.listener, own)
+    process, _ = watch.order(under, programs.KEEP, own)
     for number in own:
         os.close(number)
     if process <= 0:
-        raise SystemExit("the warm interpreter is gone")
+        raise SystemExit("a forker is gone")
     start = time.monotonic()
     watch.set_snapshot_limits(process, settings)
-    forker = forker._replace(process=process)
+    forker = forker._replace(process=process, listener=under.listener, light=under.light)
     limits = settings.cpu_seconds, settings.wall_seconds
-    end = watch.wait(process, worker.listener, start, *limits, told=forker.control)
+    end = watch.wait(process, under.listener, start, *limits, told=forker.control)
     if end.reason == "told" and forker.control.recv(4) == b"kept":
         os.kill(process, signal.SIGSTOP)
         if not watch.holds_files(process) and not (worker.scratch and os.listdir(worker.scratch)):
-            watch.reset(forker)
+            watch.reset(forker, sink=True)
             return forker._replace(cpu=end.cpu, wall=end.wall)
         outcome = None
     elif end.reason == "told":
@@ -302,7 +333,7 @@ def _keep(worker: Worker, prefix: bytes) -> watch.Forker | Outcome | None:
         outcome = _outcome(worker, forker, end, start)._replace(out=b"")
         unsure = (programs.NOT_A_UNIT, programs.OUT_OF_MEMORY)
         doubtful = os.WIFEXITED(end.status) and os.WEXITSTATUS(end.status) in unsure
-        if doubtful or outcome.status not in protocol.REPEATABLE:
+        if doubtful or outcome.status not in (*protocol.REPEATABLE, MORE):
             outcome = None
     watch.discard(forker)
     return outcome
@@ -328,14 +359,20 @@ def _outcome(worker: Worker, forker: watch.Forker, end: watch.End, start: float)
     elif end.status == 0:
         status = "ok"
     else:
-        memory = os.WEXITSTATUS(end.status) == programs.OUT_OF_MEMORY
-        status = "out_of_memory" if memory else "error"
+        told = os.WEXITSTATUS(end.status)
+        more = forker.light and told == programs.ASKS_FOR_MORE
+        status = MORE if more else "out_of_memory" if told == programs.OUT_OF_MEMORY else "error"
     return Outcome(status, out, err, end.cpu, end.wall, start)
 
 
 def _emptied(worker: Worker) -> bool:
     """Whether the scratch folder could be emptied: nothing of a program is left for the next one."""
     return not worker.scratch or watch.empty_folder(worker.scratch)
+
+
+def _empty(worker: Worker) -> None:
+    if not _emptied(worker):
+        raise SystemExit("the scratch folder cannot be emptied")
 
 
 _PROBE = b"""
@@ -356,7 +393,8 @@ print(",".join(name for name, action in tried.items() if not refused(*action)), 
 
 def _check(worker: Worker, tier: str) -> None:
     """Tries what must not work before any program may. Raises RuntimeError naming what did."""
-    outcome = _run_whole(worker, b"", _PROBE if tier != "T1" else b"")
-    if outcome.status != "ok" or outcome.out:
-        told = outcome.out.decode() or outcome.err.decode()
-        raise RuntimeError(f"the isolation does not hold: {outcome.status}, {told}")
+    for forker in (worker.warm, *([worker.light] if worker.light else [])):
+        outcome = _run_whole(worker, forker, b"", _PROBE if tier != "T1" else b"")
+        if outcome.status != "ok" or outcome.out:
+            told = outcome.out.decode() or outcome.err.decode()
+            raise RuntimeError(f"the isolation does not hold: {outcome.status}, {told}")
