@@ -1,6 +1,7 @@
 """Test-time search as an evaluation: its numbers counted again from the trees on disk; stopped and continued."""
 
 import collections
+import dataclasses
 import json
 
 import driver_case as case
@@ -43,10 +44,10 @@ def config_of(method, searches=5, **search):
     return config
 
 
-def run(config, folder, stop=None, engine=None, judged=True):
+def run(config, folder, stop=None, engine=None, judged=True, host=case.HOST):
     scale = SCALES["ppm"]
     judge = Judge(case.ScriptedEngine(), scale) if judged else None
-    driver = make_driver(engine or case.ScriptedEngine(), judge=judge)
+    driver = make_driver(engine or case.ScriptedEngine(), host, judge)
     stop = stop or Stop(NEVER)
     return searched._searched(driver, PROBLEMS, config, folder, stop, scale if judged else None)
 
@@ -131,6 +132,19 @@ def test_stopped_and_continued_it_is_the_same_evaluation(tmp_path):
         else:
             break
     assert number > 1 and found == whole
+
+
+def test_an_evaluation_whose_searches_fail_is_not_finished_but_tried_again(tmp_path):
+    async def gone(prefix, code):
+        if "=5" in prefix and "=5" in code:
+            raise OSError("the pipe is gone")
+        return await case.run_program(prefix, code)
+
+    host = dataclasses.replace(case.HOST, run_program=gone)
+    with pytest.raises(RuntimeError, match="of 16 searches failed"):
+        run(config_of("mcts", 2), tmp_path / "broken", host=host)
+    found = run(config_of("mcts", 2), tmp_path / "broken")
+    assert found == run(config_of("mcts", 2), tmp_path / "whole") and found["failed"] == 0
 
 
 @pytest.mark.parametrize("judged", [True, False])
