@@ -66,16 +66,18 @@ def search_seeds(seed: int, count: int) -> list[int]:
 
 async def _search(run: Search) -> str:
     """Rollouts until there are enough; returns why it stopped."""
-    live, settings = run.live, run.settings
-    while live.rollouts < settings.rollouts:
-        if live.root.exhausted:
-            return "exhausted"
-        reason = vote.stop_reason(live, settings, run.equal)
-        if reason:
-            return reason
+    while not (reason := ended(run)):
         await rollout(run)
-        live.rollouts += 1
-    return "rollouts"
+    return reason
+
+
+def ended(run: Search) -> str:
+    """Why no further rollout is due; "" while one is."""
+    if run.live.rollouts >= run.settings.rollouts:
+        return "rollouts"
+    if run.live.root.exhausted:
+        return "exhausted"
+    return vote.stop_reason(run.live, run.settings, run.equal)
 
 
 async def rollout(run: Search) -> None:
@@ -102,3 +104,4 @@ async def rollout(run: Search) -> None:
     live.wasted += not expanded
     if not answered and settings.dead_end is not None:
         backup(last, settings.dead_end)
+    live.rollouts += 1
