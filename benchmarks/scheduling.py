@@ -387,8 +387,8 @@ def _lengths(median: float, most: int) -> Callable[[Any], int]:
     return lambda key: round(draw(key.tobytes()))
 
 
-def line(case: Case) -> str:
-    found = compare(case.recorded, case.settings, case.shape, case.costs, case.seconds)
+def line(case: Case, in_flight: int) -> str:
+    found = compare(case.recorded, case.settings, case.shape, case.costs, case.seconds, in_flight)
     pair = (found.asynchronous, found.lock_step)
     cells = [case.name, str(case.shape.slots), str(case.shape.workers)]
     cells += [f"{one['seconds']:.0f}" for one in pair] + [f"{found.ratio:.2f}"]
@@ -403,6 +403,7 @@ def main() -> None:
     parser.add_argument("--real", default="")
     parser.add_argument("--host", action="store_true")
     parser.add_argument("--problems", type=int, default=256)
+    parser.add_argument("--in_flight", type=int, default=0)  # 0: as tasks.search
     options = parser.parse_args()
     if options.host:
         recorded = replay(made_trees(2000, SearchSettings(**HOST_SEARCH)))
@@ -426,7 +427,7 @@ def main() -> None:
     heads += "|slots busy, of all time|device busy|workers busy"
     print("| " + heads.replace("|", " | ") + " |\n" + "|---" * 10 + "|", flush=True)
     for case in cases:
-        print(line(case), flush=True)
+        print(line(case, options.in_flight), flush=True)
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def problems_in_flight(engine: Engine, settings: SearchSettings) -> int:
     """Enough that slots stay full while most searches wait: for the last of their candidates, programs and scores.
 
     With lognormal steps, slots are 58 % busy at twice slots / candidates, 84 % at four times it, 86 % at eight times
-    (benchmarks/scheduling.py).
+    (docs/benchmarks.md).
     """
     return max(4 * engine.slots // settings.candidates, 1) + 1
 
