@@ -88,6 +88,28 @@ def test_a_problem_that_fails_fails_alone():
     assert all(trees[name] == alone[name] for name in set(NAMES) - failed)
 
 
+def test_a_step_that_a_server_fails_ends_its_search_alone_whatever_comes_back_later():
+    alone, _ = searched(make_driver(case.ScriptedEngine()), NAMES, SETTINGS, 4)
+    engine = case.ScriptedEngine(slots=1)
+    step, failed = engine.step, []
+
+    def failing():
+        done = step()
+        if not failed and done:
+            failed.append(done[0][0])
+            done[0] = (done[0][0], OSError("the server is gone"))
+        return done
+
+    engine.step = failing
+    engine.prune = lambda node: None  # so that the other samples of that step do come back
+    driver = make_driver(engine)
+    trees, whole = searched(driver, NAMES, SETTINGS, 4)
+    lost = [name for name in NAMES if trees[name].stopped == "failed"]
+    assert whole and len(lost) == 1 and "the server is gone" in trees[lost[0]].extra["failure"]
+    assert all(trees[name] == alone[name] for name in NAMES if name not in lost)
+    assert not driver._owners
+
+
 def test_what_breaks_between_searches_ends_them_all():
     async def broken(prefix, code):
         loop = asyncio.get_running_loop()

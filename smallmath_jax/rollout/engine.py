@@ -11,6 +11,7 @@ A draw depends on (key, token index) and the path alone, never on slot, neighbou
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -122,6 +123,7 @@ class Engine:
         self._tree = self._pool.tree
         self._next_ticket = 0
         self._waiting: dict[int, _Request] = {}  # by ticket, first come first served
+        self._asked: dict[int, set[int]] = {}  # node -> its tickets that wait or run
         self._running: list[tuple[int, _Request] | None] = [None] * slots
         self._drawn: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(slots)]
         self._finished: dict[int, Rollout] = {}
@@ -173,8 +175,7 @@ class Engine:
         Returns the nodes that went.
         """
         gone = self._pool.remove(node)
-        requests = [*self._waiting.items(), *filter(None, self._running)]
-        for ticket in [ticket for ticket, request in requests if request.node in gone]:
+        for ticket in [ticket for one in gone for ticket in self._asked.get(one, ())]:
             self.cancel(ticket)
         return gone
 
@@ -223,6 +224,7 @@ class Engine:
             )
         tickets = list(range(self._next_ticket, self._next_ticket + n))
         self._next_ticket += n
+        self._asked.setdefault(node, set()).update(tickets)
         for ticket, key in zip(tickets, keys, strict=True):
             self._waiting[ticket] = _Request(node, limits, sampling, key)
         return tickets
@@ -245,12 +247,15 @@ class Engine:
         """Drops a completion that waits, runs or is finished but not handed out; else does nothing."""
         if not 0 <= ticket < self._next_ticket:
             raise ValueError(f"ticket {ticket} was never given out")
-        for held in (self._waiting, self._finished):
-            if held.pop(ticket, None) is not None:
-                self._counts["cancelled"] += 1
+        if self._finished.pop(ticket, None) is not None:
+            self._counts["cancelled"] += 1
+        if request := self._waiting.pop(ticket, None):
+            self._left(ticket, request.node)
+            self._counts["cancelled"] += 1
         for slot, entry in enumerate(self._running):
             if entry is not None and entry[0] == ticket:
                 self._release(slot)
+                self._left(ticket, entry[1].node)
                 self._counts["cancelled"] += 1
 
     def fork(
@@ -348,11 +353,12 @@ class Engine:
         free = [slot for slot, entry in enumerate(self._running) if entry is None]
         if not free or not self._waiting:
             return
-        queue = list(self._waiting.items())
-        wanted = [request.node for _, request in queue[: len(free)]]
-        ready = set(self._pool.ensure(wanted, (request.node for _, request in queue[len(free) :])))
+        queue = iter(self._waiting.items())
+        first = list(itertools.islice(queue, len(free)))
+        wanted = [request.node for _, request in first]
+        ready = set(self._pool.ensure(wanted, (request.node for _, request in queue)))
         taken = []
-        for ticket, request in queue[: len(free)]:
+        for ticket, request in first:
             if request.node in ready:
                 slot = free.pop(0)
                 taken.append((slot, request.node))
@@ -387,7 +393,7 @@ class Engine:
         self._counts["decoded_tokens"] += int(drawn.sum())
         self._counts["decode_steps"] += int(out.steps)
         for slot in np.flatnonzero(rows.active):
-            count, (ticket, _) = drawn[slot], self._running[slot]
+            count, (ticket, request) = drawn[slot], self._running[slot]
             ids, log_probs = out.tokens[:count, slot], out.log_probs[:count, slot]
             self._drawn[slot].append((ids, log_probs))
             rows.last[slot] = ids[-1]
@@ -399,9 +405,16 @@ class Engine:
                 name = programs.REASONS[reason]
                 self._finished[ticket] = Rollout(ids, log_probs, name, self.version)
                 self._release(slot)
+                self._left(ticket, request.node)
         rows.count[:] += drawn
         rows.length[:] += drawn
         rows.position[:] += drawn
+
+    def _left(self, ticket: int, node: int) -> None:
+        """A ticket of `node` neither waits nor runs any more."""
+        self._asked[node].discard(ticket)
+        if not self._asked[node]:
+            del self._asked[node]
 
     def _release(self, slot: int) -> None:
         self._running[slot] = None

@@ -1,5 +1,6 @@
 """Pages on the device: makes the ones a path lacks, many paths in one call, and copies them into slots."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -111,12 +112,14 @@ class Pool:
             if not add(node):
                 break
             ready.append(node)
-        rows = self._shape.prefill_rows
-        for node in dict.fromkeys(spare):
-            if len(self.tree.missing(pinned)) % rows == 0:
+        rows, missing = self._shape.prefill_rows, len(self.tree.missing(pinned))
+        for node, _ in itertools.groupby(spare):  # thousands may wait: no more of them than needed
+            if missing % rows == 0:
                 break
-            if self.tree.missing(self.tree.path_pages(node)) and not add(node):
-                break
+            if self.tree.missing(self.tree.path_pages(node)):
+                if not add(node):
+                    break
+                missing = len(self.tree.missing(pinned))
         started = time.perf_counter()
         for pages in waves(self.tree.missing(pinned), before, rows):
             self._prefill(pages, pinned)

@@ -57,21 +57,23 @@ def search_seeds(seed: int, count: int) -> list[int]:
 
 async def _search(run: Search) -> str:
     """Rollouts until there are enough; returns why it stopped."""
-    live, settings = run.live, run.settings
-    while live.rollouts < settings.rollouts:
-        if live.root.exhausted:
-            if not settings.widen:
-                return "exhausted"
-            if not await widen(run, picked_path(run)):
-                live.rollouts += 1  # it cost as much as one
-                live.wasted += 1
-                continue
-        reason = vote.stop_reason(live, settings, run.equal)
-        if reason:
-            return reason
+    live = run.live
+    while not (reason := ended(run)):
+        if live.root.exhausted and not await widen(run, picked_path(run)):
+            live.rollouts += 1  # it cost as much as one
+            live.wasted += 1
+            continue
         await rollout(run)
-        live.rollouts += 1
-    return "rollouts"
+    return reason
+
+
+def ended(run: Search) -> str:
+    """Why no further rollout is due; "" while one is."""
+    if run.live.rollouts >= run.settings.rollouts:
+        return "rollouts"
+    if run.live.root.exhausted and not run.settings.widen:
+        return "exhausted"
+    return vote.stop_reason(run.live, run.settings, run.equal)
 
 
 def picked_path(run: Search) -> list[LiveNode]:
@@ -121,3 +123,4 @@ async def rollout(run: Search) -> None:
     live.wasted += not expanded
     if not answered and settings.dead_end is not None:
         backup(last, settings.dead_end)
+    live.rollouts += 1

@@ -116,9 +116,6 @@ class Driver:
         self.engine.prune(root.node)
         if root.judged is not None:
             self.judge.engine.prune(root.judged)
-        gone = [ticket for ticket, (group, _) in self._owners.items() if group.done.done()]
-        for ticket in gone:
-            del self._owners[ticket]
 
     def callables(self, problem: Problem, settings: SearchSettings) -> dict[str, Any]:
         """The callables of `search.expand.Search` for one problem."""
@@ -155,7 +152,11 @@ class Driver:
         tickets = self.engine.submit(place.node, count, limits, sampling or self.sampling, keys)
         self._owners.update({ticket: (group, index) for index, ticket in enumerate(tickets)})
         self._wake.set()
-        await group.done
+        try:
+            await group.done
+        finally:  # a search that is cancelled, or whose server failed, leaves tickets behind
+            for ticket in tickets:
+                self._owners.pop(ticket, None)
         return [self._candidate(rollout) for rollout in group.rollouts]
 
     def append(self, place: Place, token_ids: Sequence[int]) -> Place:
@@ -257,6 +258,8 @@ class Driver:
         if done:  # a server that does not answer is no progress
             hosts.beat("sampling")
         for ticket, rollout in done:
+            if ticket not in self._owners:  # nobody waits for it any more
+                continue
             group, index = self._owners.pop(ticket)
             if isinstance(rollout, Exception):  # of a server; the search that asked ends by it
                 if not group.done.done():

@@ -188,8 +188,12 @@ def _say_failed(failures: Sequence[str], title: str) -> None:
 
 
 def problems_in_flight(engine: Engine, settings: SearchSettings) -> int:
-    """Enough that slots stay full while as many searches wait for their programs and scores."""
-    return max(2 * engine.slots // settings.candidates, 1) + 1
+    """Enough that slots stay full while most searches wait: for the last of their candidates, programs and scores.
+
+    With lognormal steps, slots are 58 % busy at twice slots / candidates, 84 % at four times it, 86 % at eight times
+    (docs/benchmarks.md).
+    """
+    return max(4 * engine.slots // settings.candidates, 1) + 1
 
 
 def search_job(
