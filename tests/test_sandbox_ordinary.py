@@ -15,27 +15,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 ATTACKS = ("test_sandbox_attacks.py", "test_sandbox_attacks_more.py")
 
-# A home that only root may enter is opened in this mount namespace alone, as in test_sandbox_service
 AS_NOBODY = f"""
     import os, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-    from smallmath_jax.verify.sandbox import linux
-    folders = [{str(ROOT)!r}, *map(os.path.realpath, (sys.prefix, sys.base_prefix))]
-    linux.call("unshare", linux.CLONE_NEWNS)
-    linux.mount("", "/", "", linux.MS_REC | linux.MS_PRIVATE)
-    for folder in folders:
-        parts = folder.split("/")
-        for end in range(2, len(parts) + 1):
-            place = "/".join(parts[:end])
-            if not os.stat(place).st_mode & 1:
-                opened = os.open(folder, os.O_PATH)
-                linux.mount("tmpfs", place, "tmpfs", 0, "mode=755")
-                os.makedirs(folder, exist_ok=True)
-                linux.mount(f"/proc/self/fd/{{opened}}", folder, "", linux.MS_BIND | linux.MS_REC)
-                os.close(opened)
-                break
-    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+    import pytest, sandbox_case
+    sandbox_case.become_nobody()
     os.umask(0o022)
-    import pytest
     print("as user", os.getuid(), os.geteuid(), flush=True)
     sys.exit(pytest.main(sys.argv[1:]))
 """

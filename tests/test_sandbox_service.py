@@ -99,24 +99,10 @@ def test_it_works_as_an_ordinary_user():
     code = f"""
         import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import os
-        from smallmath_jax.verify.sandbox import linux, start_sandbox
-        from sandbox_case import run, run_all, small
+        from smallmath_jax.verify.sandbox import start_sandbox
+        from sandbox_case import become_nobody, run, run_all, small
         if os.getuid() == 0:
-            folders = [{str(ROOT)!r}, *{[os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)]!r}]
-            linux.call("unshare", linux.CLONE_NEWNS)
-            linux.mount("", "/", "", linux.MS_REC | linux.MS_PRIVATE)
-            for folder in folders:  # a home that only root may enter is opened, in this mount namespace alone
-                parts = folder.split("/")
-                for end in range(2, len(parts) + 1):
-                    place = "/".join(parts[:end])
-                    if not os.stat(place).st_mode & 1:
-                        opened = os.open(folder, os.O_PATH)
-                        linux.mount("tmpfs", place, "tmpfs", 0, "mode=755")
-                        os.makedirs(folder, exist_ok=True)
-                        linux.mount(f"/proc/self/fd/{{opened}}", folder, "", linux.MS_BIND | linux.MS_REC)
-                        os.close(opened)
-                        break
-            os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+            become_nobody()
         with start_sandbox(small()) as sandbox:
             print(sandbox.tier, os.getuid(), file=sys.stderr)
             results = run_all(sandbox, "print(x + 1)", "print(x + 2)", "import os; os.fork()", prefix="x = 1")
