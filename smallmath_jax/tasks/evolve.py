@@ -37,10 +37,10 @@ from smallmath_jax.tasks import (
     stages,
 )
 from smallmath_jax.tasks.driver import open_host
+from smallmath_jax.tasks.evolve_evaluate import evaluate_stage
 from smallmath_jax.tasks.evolve_stages import (
     SAMPLERS,
     Bench,
-    evaluate_stage,
     lessons_of,
     manifest,
     round_settings,

@@ -1,16 +1,15 @@
-"""The stages of a round: search, select, evaluate. Each writes a folder and, at its end, done.json beside its data.
+"""The stages of a round before training: search, select. Each writes a folder and, at its end, done.json beside data.
 
 Every host runs every stage and does its share of it; what depends on files is decided by host 0. Trees pass one
 problem at a time: a round of some hundred thousand need not fit in memory.
 
-A stage whose done.json is there returns what it says; one that was cut short goes on where it stopped. Fine-tuning and
-the preference model are stages of `sft` and `ppm`.
+A stage whose done.json is there returns what it says; one that was cut short goes on where it stopped. Fine-tuning,
+the preference model and the measures are stages of `sft`, `ppm` and `evolve_evaluate`.
 """
 
 import contextlib
 import dataclasses
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,9 +26,7 @@ from smallmath_jax.records import (
     Problem,
     Sampling,
     Tree,
-    read_parts,
     to_json,
-    write_part,
     write_text,
 )
 from smallmath_jax.search import select
@@ -38,7 +35,7 @@ from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.pairs import PairSettings
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.vote import Scale, scale_of
-from smallmath_jax.tasks import chains, evolve_measures, ppm, runs, searched
+from smallmath_jax.tasks import ppm, runs
 from smallmath_jax.tasks.driver import Driver, Host, Judge
 from smallmath_jax.tasks.evolve_checks import Checked, checked, count_failed, has_right
 from smallmath_jax.tasks.local import open_local
@@ -418,87 +415,3 @@ def lessons_of(
         ids = np.asarray(ids, np.int32)
         taught.append((problem, make_sequence(prompt, ids, np.asarray(weights, np.float32))))
     return taught
-
-
-# ---- evaluate
-
-
-def evaluate_stage(
-    bench: Bench, number: int, policy: Policy, judge: Policy | None, final: bool
-) -> dict[str, Any]:
-    """Measures the round's policy on the held-out problems: trajectories without search and, with a judge, trees."""
-    folder = bench.round_folder(number) / "evaluate"
-    if found := agreed_manifest(folder):
-        return found
-    started = time.time()
-    config = bench.config
-    samples = config.eval.final_samples if final else config.eval.samples
-    driver = bench.driver(policy, judge, number)
-    kept, prompts, left_out = prompts_for(bench.tests, policy, config)
-    code = chains.sample_all(
-        driver,
-        list(zip(kept, prompts, strict=True)),
-        folder / "completions",
-        samples=samples,
-        seed=config.seed,
-        stop=bench.stop,
-        max_tokens=config.eval.sampling.max_tokens,
-        watchdog_s=config.watchdog_s,
-        title=f"round {number} evaluate",
-    )
-    if code:
-        runs.say("evaluation stopped, what is finished is saved; the same command continues")
-        sys.exit(code)
-    rows = list(read_parts(folder / "completions"))
-    scale = None if judge is None else bench.scale()
-    record = evolve_measures.chain_measures(rows, config.eval.samples, scale)
-    groups: searched.Groups = []
-    if judge is not None:
-        limit = config.eval.final_search_problems if final else config.eval.search_problems
-        groups = searched.searched_groups(
-            driver,
-            kept[: limit or None],
-            search_settings(config.eval.search, seed=config.seed, round=number),
-            folder / "trees",
-            config,
-            stop=bench.stop,
-            searches=config.eval.final_searches if final else 1,
-            title=f"round {number} search test",
-        )
-        _keep_verdicts(groups, folder)
-        numbers = evolve_measures.search_measures(groups, scale)
-        sets = numbers.pop("by_set")
-        for name, found in sets.items():
-            record["by_set"][name] |= found
-        record |= numbers
-    if final:
-        asked = {group[0].leaves.problem_id for group in groups}
-        same = [row for row in rows if row["problem_id"] in asked] or rows
-        record["scaling"] = evolve_measures.all_scaling(same, groups, scale, config.eval.top_k)
-        record["stopping"] = evolve_measures.all_stopping(same, groups, scale, config.eval.top_k)
-    record["left_out"] = left_out
-    return write_manifest(folder, record, started)
-
-
-def _keep_verdicts(groups: searched.Groups, folder: epath.Path) -> None:
-    """What the answers of the evaluation's trees were graded, for `graded_trees`."""
-    found = {
-        (one.leaves.problem_id, answer.ballot.answer): answer.verdict
-        for group in groups
-        for one in group
-        for answer in one.leaves.answers
-    }
-    names = ("problem_id", "answer", "verdict")
-    rows = [dict(zip(names, (*key, found[key]), strict=True)) for key in sorted(found)]
-    if hosts.host_index() == 0:
-        write_part(folder / "verdicts", "00000.jsonl", rows)
-    hosts.barrier(f"verdicts {folder}")
-
-
-def graded_trees(folder: epath.Path, entries: Iterable[Entry]) -> Iterator[Tree]:
-    """The trees of these entries of an evaluation, with the verdicts that were given afterwards."""
-    verdicts: dict[str, dict[str, str]] = {}
-    for row in read_parts(folder / "verdicts"):
-        verdicts.setdefault(row["problem_id"], {})[row["answer"]] = row["verdict"]
-    for tree in iter_trees(entries):
-        yield evolve_measures.graded(tree, verdicts.get(tree.problem_id, {}))

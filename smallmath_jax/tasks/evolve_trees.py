@@ -13,7 +13,8 @@ from typing import Any
 from smallmath_jax.records import Tree
 from smallmath_jax.report import insights
 from smallmath_jax.report.trees import page_name, write_tree_index
-from smallmath_jax.tasks.evolve_stages import Bench, graded_trees
+from smallmath_jax.tasks.evolve_evaluate import graded_trees
+from smallmath_jax.tasks.evolve_stages import Bench
 from smallmath_jax.tasks.tree_parts import Entry, find_trees, iter_trees
 
 SHOWN_TREES = 200  # of the last round, as pages, beside those of the examples
