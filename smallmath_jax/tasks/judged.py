@@ -23,7 +23,9 @@ from smallmath_jax.tasks import training
 from smallmath_jax.tasks.policy import Policy, prompts_for, with_pixels
 from smallmath_jax.train.advantages import pair_weights
 
-ITEM_SHARE = 0.5  # of a microbatch's tokens: what one item may hold, so that items pack well
+ITEM_SHARE = (
+    0.5  # of a microbatch's tokens and patches: what one item may hold, so that items pack well
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +72,6 @@ def judged_items(
     kept, prompts, _ = prompts_for(unique(problems), policy, config)
     known = {one.id: (one, prompt) for one, prompt in zip(kept, prompts, strict=True)}
     limit = min(config.ppm.max_tokens, config.ppm.row_length)
-    room = int(ITEM_SHARE * config.ppm.microbatch_rows * config.ppm.row_length)
     counts: Counter[str] = Counter()
 
     def items(terms: Iterable[tuple[str, Term]]) -> list[Judged]:
@@ -85,7 +86,7 @@ def judged_items(
         return [
             judged(*known[name], part)
             for name, found in by_problem.items()
-            for part in _parts(found, len(known[name][1].token_ids), room)
+            for part in _parts(found, known[name][1], config.ppm)
         ]
 
     weights = pair_weights([one.positives for one in pairs], [one.negatives for one in pairs])
@@ -101,11 +102,10 @@ def judged_items(
 def judged(problem: Problem, prompt: Prompt, terms: SequenceOf[Term]) -> Judged:
     """The item of these terms of one problem: the longest of their sides as paths, all others as ends on them."""
     sides = dict.fromkeys(side for term in terms for side in term[:-1])
-    paths, places = [], {}
-    for side in sorted(sides, reverse=True):  # a beginning comes right behind what it begins
-        if not paths or paths[-1][: len(side)] != side:
-            paths.append(side)
-        places[side] = len(paths) - 1, len(prompt.token_ids) + len(side) - 1
+    paths = _paths(terms)
+    places = {
+        side: (_begun_by(side, paths), len(prompt.token_ids) + len(side) - 1) for side in sides
+    }
     number = {side: index for index, side in enumerate(sides)}
     return Judged(
         problem,
@@ -116,29 +116,39 @@ def judged(problem: Problem, prompt: Prompt, terms: SequenceOf[Term]) -> Judged:
     )
 
 
-def _parts(terms: SequenceOf[Term], prompt: int, room: int) -> Iterable[list[Term]]:
-    """Terms in their order, cut where the paths of a part could need more than `room` tokens."""
-    part, needed = [], 0
+def _paths(terms: SequenceOf[Term]) -> list[Ids]:
+    """The sides of these terms that begin no other, in falling order."""
+    paths: list[Ids] = []
+    for side in sorted({side for term in terms for side in term[:-1]}, reverse=True):
+        if not paths or paths[-1][: len(side)] != side:  # a beginning comes right behind its like
+            paths.append(side)
+    return paths
+
+
+def _begun_by(side: Ids, paths: SequenceOf[Ids]) -> int:
+    return next(index for index, path in enumerate(paths) if path[: len(side)] == side)
+
+
+def _parts(terms: SequenceOf[Term], prompt: Prompt, settings: Any) -> Iterable[list[Term]]:
+    """Terms in their order, cut where the paths of a part would fill more than an item's share of a microbatch."""
+    rows, patches = settings.microbatch_rows, _ended(prompt, [0]).patches
+    room = ITEM_SHARE * rows * settings.row_length
+    # Every path brings the whole picture with it
+    most = ITEM_SHARE * rows * max(1, settings.row_patches // patches) if patches else np.inf
+    part, needed, count = [], 0, 0
     for term in terms:
-        more = sum(prompt + len(side) for side in term[:-1])
-        if part and needed + more > room:
-            # Many sides begin others: count the paths themselves before giving up on the part
-            needed = _path_tokens([*part, term], prompt) - more
-            if needed + more > room:
+        more, sides = sum(len(prompt.token_ids) + len(side) for side in term[:-1]), len(term) - 1
+        if part and (needed + more > room or count + sides > most):
+            paths = _paths([*part, term])  # many sides begin others: no bound, but what there is
+            needed = sum(len(prompt.token_ids) + len(path) for path in paths) - more
+            count = len(paths) - sides
+            if needed + more > room or count + sides > most:
                 yield part
-                part, needed = [], 0
+                part, needed, count = [], 0, 0
         part.append(term)
-        needed += more
+        needed, count = needed + more, count + sides
     if part:
         yield part
-
-
-def _path_tokens(terms: SequenceOf[Term], prompt: int) -> int:
-    total, last = 0, None
-    for side in sorted({side for term in terms for side in term[:-1]}, reverse=True):
-        if last is None or last[: len(side)] != side:
-            total, last = total + prompt + len(side), side
-    return total
 
 
 def _ended(prompt: Prompt, ids: list[int]) -> Sequence:
