@@ -227,6 +227,8 @@ def trained(policy, mesh, config, folder, stop=None):
     problems, pairs, examples = toy(policy)
     if config.ppm.loss == "orm":
         examples = [dataclasses.replace(one, value=float(one.value > 0.5)) for one in examples]
+        sides = zip(pairs, examples[::2], examples[1::2], strict=True)  # it ranks right over wrong
+        pairs = [pair_ for pair_, high, low in sides if high.value > low.value]
     with StopSignal() as signal:
         return ppm.train_judge(
             copied(policy), problems, pairs, examples, config, folder, mesh, stop or signal
@@ -267,7 +269,7 @@ def test_the_known_ranking_is_learnt_and_restored(policy, tmp_path, loss):
     config = toy_config(loss, 40 if loss == "ppm" else 80)  # a pair tells more than two values
     found = trained(model, mesh, config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["held_out_pairs"] > 15 and result["held_out_accuracy"] > 0.9
+    assert result["held_out_pairs"] > 12 and result["held_out_accuracy"] > 0.9
     again = trained(model, mesh, config, tmp_path)
     for one, other in zip(jax.tree.leaves(found.model), jax.tree.leaves(again.model), strict=True):
         np.testing.assert_array_equal(one, other)
