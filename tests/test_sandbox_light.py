@@ -4,7 +4,7 @@
 import pytest
 from sandbox_case import run, run_all, small
 
-from smallmath_jax.verify.sandbox import start_sandbox
+from smallmath_jax.verify.sandbox import rehearsal, start_sandbox
 
 WARM = "\n# sympy"  # the word sends a program to the warm forker
 LOADED = "import sys\nprint('sym' + 'py' in getattr(sys, 'mod' + 'ules'))\n"
@@ -28,6 +28,12 @@ def test_a_program_is_sent_by_what_it_mentions(sandbox):
     assert [r.stdout for r in run_all(sandbox, LOADED, LOADED + "pass", prefix="x = 1")] == [
         "False\n"
     ] * 2
+
+
+def test_a_kept_prefix_serves_siblings_of_one_kind(sandbox):
+    codes = [LOADED, LOADED + WARM, LOADED + "pass", LOADED + WARM + "!"]
+    seen = [result.stdout for result in run_all(sandbox, *codes, prefix="x = 2")]
+    assert seen == ["False\n", "True\n", "False\n", "True\n"]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +152,25 @@ def test_neither_forker_lets_a_program_fork(sandbox, mark):
     bomb = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     assert run(sandbox, bomb + mark).status == "killed"
     assert run(sandbox, "print(6 * 7)" + mark).stdout == "42\n"
+
+
+@pytest.mark.parametrize("k", [2, 45])
+def test_the_rehearsals_run(sandbox, k):
+    """A line that raises would leave the rest of its text cold."""
+    for text in (rehearsal.PLAIN, rehearsal.SYMBOLIC):
+        result = run(sandbox, f"k = {k}\n{text}")
+        assert result.status == "ok", result.stderr_tail
+
+
+def test_memory_that_is_freed_can_be_used_again(sandbox):
+    """Small objects, which lie in arenas, and blocks of every size: far more in all than the limit of 150 MB."""
+    small = (
+        "for n in range(6):\n    a = [bytes(400) for _ in range(100_000)]\n    del a\nprint('done')"
+    )
+    large = "for n in range(100):\n    a = bytearray(1 << 12 + n % 14)\n    b = bytearray(n << 15)\nprint('done')"
+    for code in (small, large):
+        light, warm = run_all(sandbox, code, code + WARM)
+        assert seen(light) == seen(warm) == ("ok", "done\n", "")
 
 
 def test_packing_and_warming_change_no_result(sandbox):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 _HUGE = 1 << 21
 _COLLAPSE = 25  # madvise
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt
 _HOLES = 50_000  # at most, of each size
 _ENOUGH = 20  # blocks one behind the other: from here on memory is new
 
@@ -67,6 +68,12 @@ def fill_holes() -> list[object]:
             before = id(kept[-1])
             if together == _ENOUGH:
                 break
+    edge = id(bytes(1 << 20))  # past this, memory is new: larger blocks come from malloc
+    for size in (1 << 15, 1 << 14, 1 << 13, 1 << 12, 2048, 1536, 1024, 768, *range(736, 512, -32)):
+        for _ in range(_HOLES):
+            kept.append(bytes(size))
+            if id(kept[-1]) > edge:
+                break
     return kept
 
 
@@ -95,6 +102,33 @@ def immortalise() -> int:
     for address in seen:
         ctypes.c_uint32.from_address(address).value = mark
     return len(seen)
+
+
+class _Arenas(ctypes.Structure):
+    _fields_ = [("first", ctypes.c_void_p), ("take", ctypes.c_void_p), ("give", ctypes.c_void_p)]
+
+
+_usual = _Arenas()
+
+
+def gather() -> None:
+    """Until `scatter`, all memory comes from one growing piece, and not from pieces between the mapped libraries, which
+    huge pages could not cover. (Python asks `aligned_alloc(16, size)` for arenas, and gives none back: `labs`.)"""
+    libc, python = ctypes.CDLL(None), ctypes.pythonapi
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+    python.PyObject_GetArenaAllocator(ctypes.byref(_usual))
+    address = lambda function: ctypes.cast(function, ctypes.c_void_p)
+    arenas = _Arenas(16, address(libc.aligned_alloc), address(libc.labs))
+    python.PyObject_SetArenaAllocator(ctypes.byref(arenas))
+
+
+def scatter() -> None:
+    """Large blocks are mapped by themselves again, as is usual: what a program frees is free. (Should an arena of the
+    one piece ever be given back, `munmap` refuses it: it starts amid a page.)"""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    libc.mallopt(_TRIM_THRESHOLD, 1 << 21)
+    ctypes.pythonapi.PyObject_SetArenaAllocator(ctypes.byref(_usual))
 
 
 def collapse() -> int:

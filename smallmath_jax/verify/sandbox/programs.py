@@ -5,6 +5,7 @@ eyes on. So nothing of one program is in the memory of the next.
 """
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -20,7 +21,7 @@ import types
 from collections.abc import Callable
 from typing import NamedTuple
 
-from smallmath_jax.verify.sandbox import heap, linux
+from smallmath_jax.verify.sandbox import heap, linux, rehearsal
 
 # Descriptors of a forker: job (memory file), control (socket), where prefixes print, where code prints, go (pipe).
 JOB, CONTROL, SINK, OUT, GO = 20, 21, 22, 23, 24
@@ -37,20 +38,6 @@ _FUTURE = 0x1FF0000  # compiler flags a `from __future__` sets, to be carried fr
 _exit = os._exit  # programs may replace the other name
 _kept: list[object] = []  # what fills holes in the heap
 
-_WARM_UP = """
-import sympy as sp, numpy as np, math, fractions, itertools, collections, statistics, mpmath
-x, y, n = sp.symbols("x y n")
-assert sp.solve(x**2 - 5 * x + 6, x) == [2, 3]
-sp.solve([x + y - 3, x - y - 1], [x, y]); sp.solve(x**3 - 2, x)
-str(sp.simplify((x**2 - 1) / (x - 1))); sp.factor(x**4 - 1); sp.expand((x + y) ** 3)
-sp.integrate(sp.sin(x) * x, x); sp.diff(sp.exp(x**2), x); sp.limit(sp.sin(x) / x, x, 0)
-sp.latex(sp.sqrt(2) / 3); sp.N(sp.pi, 20); sp.Rational(1, 3) + sp.sqrt(8); sp.nsimplify("0.5")
-sp.factorint(360); sp.isprime(97); sp.Matrix([[1, 2], [3, 4]]).inv(); sp.summation(n, (n, 1, 10))
-sp.solveset(x**2 - 4, x, sp.S.Reals); sp.binomial(10, 3); sp.gcd(12, 18); sp.sympify("x**2 + 1")
-sp.trigsimp(sp.sin(x) ** 2 + sp.cos(x) ** 2); sp.series(sp.cos(x), x, 0, 4); str(sp.Eq(x, 1))
-np.linalg.solve(np.eye(3) * 2.0, np.arange(3.0)); np.roots([1, -3, 2]); str(np.arange(3) / 3)
-mpmath.mpf(1) / 3; str(fractions.Fraction(3, 9)); statistics.mean([1, 2]); list(itertools.permutations("abc"))
-"""
 _ALSO = ("math", "fractions", "itertools", "collections", "statistics", "decimal", "datetime", "functools", "operator",
          "re", "string", "json", "typing", "dataclasses", "cmath", "heapq", "bisect", "copy", "time", "random",
          "traceback", "linecache", "collections.abc")  # fmt: skip
@@ -59,6 +46,7 @@ _ALSO = ("math", "fractions", "itertools", "collections", "statistics", "decimal
 def warm(modules: tuple[str, ...]) -> list[str]:
     """Imports everything programs ask for, lets it fill its caches and specialise its code, and brings together what
     it uses (`heap`). Returns the modules that were there."""
+    os.environ["SYMPY_CACHE_SIZE"] = "20000"  # a full one drops a result for each new one
     found = []
     for name in (*modules, *_ALSO):
         try:
@@ -66,17 +54,31 @@ def warm(modules: tuple[str, ...]) -> list[str]:
         except ImportError:
             continue
         found.append(name)
-    if {"sympy", "numpy", "mpmath"} <= set(found):
-        work = compile(_WARM_UP, "<warm-up>", "exec")
-        again = lambda: exec(work, {"__name__": "warm-up"})
-        again()
-        heap.pack_code(heap.calls_of(again))
-        again()
-        again()
-    random.seed(0)
-    if "numpy" in found:
-        sys.modules["numpy"].random.seed(0)
+    del os.environ["SYMPY_CACHE_SIZE"]
+    _seed()  # numpy.random is imported by this, and registers types: caches filled before would be void
+    known = {"sympy", "numpy", "mpmath"} <= set(found)
+    texts = (*[rehearsal.PLAIN] * 4, *[rehearsal.SYMBOLIC] * known)
+    rehearse = lambda first: [_rehearse(f"k = {first + n}\n{text}") for n, text in enumerate(texts)]
+    rehearse(2)
+    heap.pack_code(heap.calls_of(lambda: rehearse(12)))
+    for first in (22, 32, 42):  # other numbers each time: sympy remembers
+        rehearse(first)
+    _seed()
     return [name for name in found if name in modules]
+
+
+def _seed() -> None:
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+def _rehearse(text: str) -> None:
+    """Runs a text in this process; what it prints goes nowhere. With a library that cannot, less is warm: no more."""
+    sys.stdout = io.TextIOWrapper(io.BytesIO())
+    with contextlib.suppress(Exception):
+        exec(compile_unit(text, "<rehearsal>", 0), fresh_module().__dict__)
+    flush()
 
 
 class _OnlyTheStandardLibrary:
@@ -108,8 +110,10 @@ def settle() -> None:
     for number in (signal.SIGXFSZ, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)
     atexit._clear()
+    fresh_module()  # the rehearsals' names go now, and not in every fork
     gc.collect()
     _kept.extend(heap.fill_holes())
+    heap.scatter()
     heap.immortalise()
     heap.collapse()
     gc.freeze()
@@ -194,7 +198,7 @@ def _run(kept: Kept | None) -> None:
         os.dup2(SINK, 1)
     elif kept is not None:
         os.dup2(OUT, 1)
-    linux.close_from(out + 1 if prefix else 3)
+    os.closerange(out + 1 if prefix else 3, OPEN_FILES)
     main = kept.main if kept else fresh_module()
     if kept is not None:
         unit = compile_unit(code, "<code>", kept.flags)

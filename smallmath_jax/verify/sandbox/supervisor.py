@@ -40,6 +40,7 @@ def command(module: str, root: str, *arguments: str) -> list[str]:
 def environment() -> dict[str, str]:
     """All that a fresh interpreter sees of the environment."""
     fixed = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+             "LD_BIND_NOW": "1",  # or every fork looks up the same names again
              "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}  # fmt: skip
     libraries = os.environ.get("LD_LIBRARY_PATH")
     return {**fixed, **({"LD_LIBRARY_PATH": libraries} if libraries else {})}

@@ -4,7 +4,6 @@ It never executes a program and trusts no process that has. Nothing a program wr
 exit status, seen by `wait4`, and the two memory files it printed to.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import time
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from smallmath_jax.verify.sandbox import filters, jail, linux, programs, protocol, watch
+from smallmath_jax.verify.sandbox import filters, heap, jail, linux, programs, protocol, watch
 
 _READY = b"ready"
 MORE = "more"  # no verdict: the program wants modules the light forker does not have
@@ -46,6 +45,7 @@ class Worker(NamedTuple):
 
 def main() -> None:
     """Entry point of a worker process: `channel` number and JSON of what it is to be on the command line."""
+    heap.gather()
     channel = socket.socket(fileno=int(sys.argv[1]))
     wanted = json.loads(sys.argv[2])
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -93,6 +93,7 @@ def _start(
     if tier != "T1":
         done.append("seccomp allow-list" + (", forks by leave" if warm.listener >= 0 else ""))
     os.close(null)
+    heap.scatter()
     worker = Worker(settings, warm, light, _heavy(found), OrderedDict(), OrderedDict(), scratch)
     return worker, {"tier": tier, "isolation": ", ".join((*done, "limits")), "modules": found}
 
@@ -183,7 +184,7 @@ def _serve(worker: Worker, channel: socket.socket) -> None:
     """Runs jobs one after the other until the supervisor goes away or it is time to be replaced."""
     buffer, left = bytearray(), worker.settings.recycle_runs
     while left > 0:
-        data = channel.recv(1 << 18)
+        data = channel.recv(1 << 16)
         if not data:
             os._exit(0)
         buffer += data
@@ -280,6 +281,8 @@ def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes)
 
 
 def _key(light: bool, prefix: bytes) -> bytes:
+    import hashlib  # not before the forkers have started: it maps libcrypto, and each fork would copy that
+
     return hashlib.blake2b(prefix, digest_size=32, person=b"light" if light else b"warm").digest()
 
 
