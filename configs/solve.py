@@ -32,12 +32,9 @@ def get_config(mode=None):
     config.judge = ""  # mcts: workdir of configs/ppm.py or configs/evolve.py, its preference model
     config.step_sampling = common.sampling(16 if tiny else 2048)  # mcts: tokens of one step
     config.search = search.settings_of(preset("test"))
-    for name in (
-        "use_gold",
-        "guidance",
-    ):  # there is no gold answer; the judge guides where there is one
+    # There is no gold answer, the judge guides where there is one, and its odds weigh the vote on all answers
+    for name in ("use_gold", "guidance", "choose"):
         del config.search[name]
-    config.search.choose = ""  # value | votes; "": value with a judge, votes without
     if tiny:
         config.search.update({"rollouts": 8, "candidates": 8, "max_depth": 12})
         config.search.update({"exploration": 0.5, "prior": 2.0})  # as in configs/evolve.py:tiny

@@ -15,9 +15,9 @@ from smallmath_jax.search.mcts import search
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.search.vote import SCALES
+from smallmath_jax.tasks import identity, tree_parts
 from smallmath_jax.tasks import search as task
-from smallmath_jax.tasks import tree_parts
-from smallmath_jax.tasks.driver import Driver, Judge, same_answer
+from smallmath_jax.tasks.driver import Driver, Judge, Meter, same_answer
 
 SETTINGS = SearchSettings(rollouts=4, candidates=3, max_depth=6)
 NAMES = [f"p{number}" for number in range(9)]
@@ -232,3 +232,28 @@ def test_keys_name_the_draws():
     engine = case.ScriptedEngine()
     rollouts = [engine._drawn((), key) for key in np.arange(8, dtype=np.uint32).reshape(4, 2)]
     assert len({tuple(one.token_ids) for one in rollouts}) > 1
+
+
+def test_a_server_has_no_occupancy():
+    """Its decode steps and slots are its own."""
+    counters = {
+        "decode_steps": 0,
+        "decoded_tokens": 0,
+        "decode_seconds": 0.0,
+        "prefill_seconds": 0.0,
+    }
+    engine = SimpleNamespace(slots=16, counters=lambda: dict(counters))
+    meter = Meter(engine)
+    counters.update(decoded_tokens=1000, decode_seconds=2.0)
+    assert meter.shown() == {"tok/s": 500.0}
+    counters.update(decode_steps=100)
+    assert meter.shown() == {"occupancy": 1000 / 1600, "tok/s": 500.0}
+
+
+def test_trees_of_other_weights_are_not_added_to(tmp_path):
+    named = {"source": "runs/a, step 3", "weights": "1234", "judge": None}
+    identity.keep_or_refuse(tmp_path, named)
+    identity.keep_or_refuse(tmp_path, named | {"source": "a copy of it"})
+    for other in ({"weights": "5678"}, {"judge": "5678"}):
+        with pytest.raises(ValueError, match="drawn by other weights .*a copy of it.* --workdir"):
+            identity.keep_or_refuse(tmp_path, named | other)

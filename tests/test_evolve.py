@@ -85,8 +85,9 @@ def test_programs_that_were_right_by_luck_are_found_out():
     assert [by_tag[f"0.{n}"].q_value for n in (1, 2, 3)] == [1.0, -1.0, -1.0]
     assert by_tag["0"].value_sum == -1.0 and by_tag["0"].visit_count == 3
     assert recheck([tree], {problem.id: problem}, case.HOST, 0)[0] == [tree]
-    other_source = dataclasses.replace(problem, source="math500")
-    assert recheck([tree], {problem.id: other_source}, case.HOST, 3)[0] == [tree]
+    from_a_file = dataclasses.replace(problem, template="", meta={})  # tiny.jsonl, say
+    assert from_a_file.source == "tiny"
+    assert recheck([tree], {problem.id: from_a_file}, case.HOST, 3)[0] == [tree]
 
 
 def test_relabelling_nothing_changes_nothing():
@@ -392,19 +393,20 @@ def test_defaults_are_rstar_maths():
 
 def test_trajectories_without_search_run_their_programs():
     from smallmath_jax.records import Sampling
+    from smallmath_jax.search.settings import SearchSettings
     from smallmath_jax.tasks.chains import follow
     from smallmath_jax.tasks.driver import Driver
 
-    engine = case.ScriptedEngine()
+    engine, sampling, settings = case.ScriptedEngine(), Sampling(), SearchSettings()
     driver = Driver(
-        case.Policy(), engine, case.HOST, grammar="code_steps", sampling=Sampling(), max_tokens=16
+        case.Policy(), engine, case.HOST, grammar="code_steps", sampling=sampling, max_tokens=16
     )
     chains = []
 
     def job(name):
         async def walk():
             root = driver.open(case.prompt(name))
-            chains.append(await follow(driver, root, (name,), Sampling(), 100))
+            chains.append(await follow(driver, root, (name,), sampling, 100, settings))
 
         return walk
 

@@ -1,6 +1,8 @@
 """The stages of a round over scripted searches: what they read and write, retry, resume, and do on two hosts."""
 
 import dataclasses
+import json
+import re
 import signal
 import time
 
@@ -9,6 +11,7 @@ import pytest
 import stage_case
 from test_parallel_hosts import start_two_hosts
 
+from smallmath_jax.data.tiny import tiny_problems
 from smallmath_jax.records import read_parts
 from smallmath_jax.search import select
 from smallmath_jax.search.mcts import search_seeds
@@ -70,7 +73,10 @@ def test_selection_is_that_of_all_trees_at_once(tmp_path, monkeypatch):
 
 
 def test_lucky_answers_are_found_once_and_kept(tmp_path, monkeypatch):
-    embedded = [dataclasses.replace(one, source="tiny") for one in PROBLEMS]
+    embedded = tiny_problems("train", 30, 0)  # only these can be drawn again with other numbers
+    embedded = [
+        dataclasses.replace(one, id=like.id) for one, like in zip(embedded, PROBLEMS, strict=True)
+    ]
     bench, _ = searched(tmp_path)
     bench.config.evolve.instances = 2
     folder = tmp_path / "round_1" / "search"
@@ -94,6 +100,19 @@ def test_lucky_answers_are_found_once_and_kept(tmp_path, monkeypatch):
     found = stages.select_stage(bench, 1, embedded)
     assert set(found["solved_ids"]) == solved and found["lucky"] == len(lucky)
     assert sorted(ran) == sorted(tree.problem_id for tree in right)  # each once, the others never
+    # What an outcome model reads of the round: the same labels
+    taught = {
+        tree.problem_id: stages.has_right(tree)
+        for tree in stages.labelled_trees(bench, tmp_path / "round_1", embedded)
+    }
+    assert taught == {name: name in solved for name in by_id}
+    # Trees that came later are checked, whatever was kept of others
+    parts = "".join(part.read_text() for part in (folder / "trees").glob("*-host*.jsonl"))
+    later = re.sub(r'("problem_id": ?")p', r"\1q", parts)
+    (folder / "trees" / "later.jsonl").write_text(later)
+    renamed = {"q" + one.id[1:]: one for one in embedded}
+    stages._unsolved(bench, folder, ["trees"], by_id | renamed)
+    assert {name for name in ran if name[0] == "q"} == {"q" + one.problem_id[1:] for one in right}
 
 
 def test_what_a_round_leaves_unsolved_is_searched_twice(tmp_path):
@@ -134,6 +153,46 @@ def test_a_stage_of_failures_is_not_finished(tmp_path):
     _, record = searched(tmp_path)
     assert record["failed"] == 0
     assert find_trees([tmp_path / "round_1" / "search" / "trees"])[0].stopped != "failed"
+
+
+@pytest.mark.parametrize("broken", ["control", "more_4"])
+def test_failures_behind_earlier_trees_are_seen(tmp_path, monkeypatch, broken):
+    """The tree that a failed one was to go on from is still there, and the control stands in for none."""
+    grow = stages.grow_trees
+
+    def failing(driver, problems, settings, folder, *rest, **options):
+        host = dataclasses.replace(case.HOST, run_program=refused)
+        driver.host = host if folder.name == broken else case.HOST
+        return grow(driver, problems, settings, folder, *rest, **options)
+
+    async def refused(prefix, code):
+        raise OSError("the sandbox is gone")
+
+    monkeypatch.setattr(stages, "grow_trees", failing)
+    with pytest.raises(RuntimeError, match=f"round 2 search {broken}: .* searches failed"):
+        searched(tmp_path, number=2, control=True)
+    monkeypatch.undo()
+    stage_case.without_prompts(monkeypatch.setattr)
+    _, record = searched(tmp_path, number=2, control=True)
+    assert record["failed"] == 0
+
+
+@pytest.mark.parametrize(("share", "old"), [(0.0, 0), (0.25, 2), (0.05, 0)])
+def test_old_problems_take_no_more_than_their_share(tmp_path, share, old):
+    bench = stage_case.make_bench(tmp_path, stage_case.config_of(per_round=8, old_share=share))
+    folder = tmp_path / "round_1" / "select"
+    folder.mkdir(parents=True)
+    asked = [one.id for one in PROBLEMS[:10]]
+    (folder / "done.json").write_text(json.dumps({"asked_ids": asked, "solved_ids": asked[:1]}))
+    found = [one.id for one in evolve.round_problems(bench, 2, PROBLEMS)]
+    assert len(found) == len(set(found)) == 8 and len(set(found) & set(asked)) == old
+
+
+def test_only_embedded_problems_are_shared_with_the_bootstrap(tmp_path):
+    mine = [case.problem(f"mine-{number}") for number in range(40)]
+    assert not any(map(evolve.is_bootstraps, mine))
+    embedded = list(map(evolve.is_bootstraps, tiny_problems("train", 40, 0)))
+    assert True in embedded and False in embedded
 
 
 def test_coverage_is_told_by_level_or_by_set(tmp_path):

@@ -84,6 +84,25 @@ def test_ungradable_samples_leave_numerator_and_denominator():
     assert (found["accuracy"], found["n"], found["ungradable"]) == (0.5, 2, 2)
 
 
+def test_a_vote_that_cannot_be_graded_leaves_its_problem_out():
+    """Its samples vote all the same: without them another answer would win."""
+    given = [
+        ("timeout", "X"),
+        ("timeout", "X"),
+        ("correct", "7"),
+        ("correct", "7"),
+        ("correct", "7"),
+    ]
+    rows = [row("a", n, *one) for n, one in enumerate(given)]
+    rows += [row("b", n, "wrong" if n % 2 else "correct", "7") for n in range(5)]
+    found = metrics._sample_metrics(rows, (1, 3, 5), str.__eq__)
+    assert [found["maj_at_k"][k]["accuracy"] for k in ("1", "3", "5")] == [1.0, 1.0, 1.0]
+    assert found["maj_at_k"]["1"]["ci"] == list(metrics.wilson(1, 1))
+    assert found["maj_at_k"]["5"]["ci"] == list(metrics.wilson(2, 2))
+    assert found["pass_at_k"]["3"] == pytest.approx((1.0 + 1.0) / 2)
+    assert found["pass_at_k"]["5"] == 1.0  # of b alone
+
+
 def test_samples_of_one_problem_are_not_counted_as_independent():
     rows = [
         row(p, n, "correct" if (p, n) in (("a", 0), ("a", 1)) else "wrong")
@@ -109,6 +128,24 @@ def test_names_in_plots_are_words(tmp_path):
         assert not kinds & {"script", "style", "metadata", "image"}
         assert name in [element.text for element in root.iter() if element.text]
         assert b'href="' not in svg and b"var(--ink)" in svg
+
+
+def test_names_in_plots_cannot_break_or_reorder_them():
+    """A surrogate half is no character for a font, and U+202E turns the text behind it around."""
+    name = "\ud800 x\u202ey"
+    cell = {"accuracy": 0.5, "n": 4, "ci": [0.2, 0.8], "correct": 2.0, "mean_score": 0.5}
+    drawn = [
+        plots.accuracy_bars({name: {name: cell}, "b": {name: cell}}, name, form="svg"),
+        plots.correct_pie({name: cell}, name, form="svg"),
+        plots.curves([1, 2], {name: [1, 2], "b": [1, 2]}, name, form="svg"),
+        plots.shares(
+            {name: [(1, 0.5, 0.2, 0.8)], "b": [(1, 0.5, 0.2, 0.8)]}, name, "x", form="svg"
+        ),
+        plots.score_rows({name: cell}, name, form="svg"),
+        plots.length_histogram({name: [1, 2], "b": [3]}, form="svg"),
+    ]
+    for svg in drawn:
+        assert "\u202e" not in svg.decode() and "⟦U+202E⟧" in svg.decode()
 
 
 def test_summary_and_page(tmp_path):

@@ -116,6 +116,8 @@ def test_numbers_are_those_of_the_trees_on_disk(tmp_path):
     pages = sorted((tmp_path / "report" / "trees").glob("p*.html"))
     assert [page.name.split("-")[0] for page in pages] == [problem.id for problem in PROBLEMS]
     text = "".join(answers.sections({"evaluation": result}, NoPictures()).values())
+    beside = answers.sections({"evaluation": {}, "another run": result}, NoPictures())
+    assert beside and all(title.startswith("another run: ") for title in beside)
     for words in ("majority of the top 3 by PPM", "aime", "confident at 0.95", "tokens saved"):
         assert words in text
 
@@ -176,6 +178,9 @@ def test_beams_differ_by_seed_and_choose_by_score(tmp_path):
         scores = {n["tag"]: n["score"] for n in row["nodes"] if n["kind"] == "answer"}
         assert row["chosen"] == max(scores, key=scores.get, default="")
     assert result["search"]["n"] == 8
+    # Its answers come by level: no share of "so many rollouts" and no early stop may be told of them
+    assert "stopping" not in result
+    assert all(name.startswith("complete searches") for name in result["scaling"])
 
 
 def test_trajectories_in_one_go_run_their_programs(tmp_path):
@@ -190,6 +195,26 @@ def test_trajectories_in_one_go_run_their_programs(tmp_path):
     assert result["sampled"]["pass_at_k"]["3"] == result["votes"]["coverage"]["accuracy"]
     assert result["accuracy"] == result["sampled"]["accuracy"]
     assert set(result["votes"]["coverage"]["by_set"]) == {"aime", "amc"}
+
+
+def test_an_evaluation_draws_as_its_own_settings_say(tmp_path, monkeypatch):
+    config = config_of("sample")
+    config.eval.update({"samples": 1, "k": (1,), "headline": "sampled"})
+    config.eval.sampling.temperature, config.search.output_characters = 0.6, 1
+    driver, seen = make_driver(case.ScriptedEngine()), set()
+    generate = driver.generate
+
+    async def watched(place, count, keys, limits, sampling):
+        seen.add(sampling.temperature)
+        return await generate(place, count, keys, limits, sampling)
+
+    monkeypatch.setattr(driver, "generate", watched)
+    pairs = [(problem, case.prompt(problem.id)) for problem in PROBLEMS]
+    searched._sampled(driver, pairs, config, tmp_path, Stop(NEVER), None)
+    assert seen == {0.0, 0.6}
+    texts = [row["text"] for row in read_parts(tmp_path / "completions")]
+    outputs = [text.partition("<output>")[2].partition("<")[0] for text in texts]
+    assert max(map(len, outputs)) < len("ZeroDivisionError")  # clipped as the policy knows it
 
 
 @pytest.mark.parametrize(

@@ -318,3 +318,30 @@ def test_new_problems_are_kept_when_enough_solutions_agree(tmp_path, monkeypatch
     lines = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
     assert made == 12 and len(lines) == kept == len({line["problem"] for line in lines})
     assert all(line["licence"] == "MIT" and line["source"] == "synthetic from x" for line in lines)
+
+
+def test_a_refused_problem_costs_itself_alone(tmp_path, monkeypatch):
+    """Here every request about the second seed, and every solution of what the third one led to, is refused."""
+    given = lambda some, policy, config: (some, [case.prompt(some[0].id)], {})
+    monkeypatch.setattr(synthesis, "prompts_for", given)
+    seeds = [Problem(f"s{n}", f"What is {n}?", "1") for n in range(4)]
+
+    def picky(path, body, headers):
+        prompt = body["prompt"]
+        if "What is 1?" in prompt or ("What is 2?" not in prompt and "unlucky" in prompt):
+            return 400, {}, {"error": "content filter"}
+        if "What is 2?" in prompt:
+            return text_reply("An unlucky problem.<end_of_problem>")
+        return scripted(path, body, headers)
+
+    with serving(picky) as url:
+        client = Client(ServerSettings(url, "m"))
+        with ServerEngine(client, case.TOKENS, (), 400) as engine:
+            driver = make_driver(engine)
+            synthesis.make_problems(driver, client, seeds, tmp_path / "made", Config(), Never())
+    rows = {(row["seed_id"], row["number"]): row for row in read_parts(tmp_path / "made")}
+    assert len(rows) == 8
+    refused = {name for name, row in rows.items() if "content filter" in row.get("refused", "")}
+    assert refused == {("s1", 0), ("s1", 1), ("s2", 0), ("s2", 1)}
+    assert synthesis.keep(tmp_path)[1] == 8
+    assert json.loads((tmp_path / "summary.json").read_text())["refused"] == 4

@@ -1,5 +1,6 @@
 """One problem by tree search, and what of a self-evolution's workdir is taken: its last finished round."""
 
+import dataclasses
 import pathlib
 import re
 import sys
@@ -11,14 +12,18 @@ from PIL import Image
 
 from smallmath_jax.data.tokens import load_tokens
 from smallmath_jax.models import weights
+from smallmath_jax.models.lora import merge_lora
+from smallmath_jax.models.tree import map_named
 from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.tasks import export, solve
 from smallmath_jax.tasks.policy import (
+    add_lora,
     judge_checkpoints,
     load_policy,
     make_mesh,
     newest_checkpoints,
 )
+from smallmath_jax.tasks.search import load_judge, make_judge
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from configs import evolve as evolve_config  # noqa: E402
@@ -96,6 +101,32 @@ def test_a_judge_guides_the_search(rounds, tmp_path, capsys, monkeypatch):
     scores = [node.score for node in tree.nodes if node.kind in ("open", "answer")]
     assert len(scores) > 2 and all(-1 < score < 1 for score in scores) and len(set(scores)) > 1
     assert tree.images == (image,) and not any(node.verdict for node in tree.nodes)
+
+
+def test_a_judge_trained_with_adapters_is_read_with_them_merged(rounds, tmp_path):
+    import jax
+    import jax.numpy as jnp
+
+    config = config_of(rounds)
+    config.prompt.grammar = "code_steps"
+    mesh = make_mesh(config)
+    policy = load_policy(config, mesh)
+    adapted = solve_config.get_config("tiny")
+    adapted.lora.rank = 2
+    adapted.ppm = {"loss": "ppm", "tanh_in_loss": False}
+    model = add_value_head(add_lora(policy.model, adapted, mesh), jax.random.key(3))
+    model = map_named(
+        lambda name, leaf: jnp.ones_like(leaf) if name.endswith("lora_b") else leaf, model
+    )
+    chain_case.save(tmp_path, model)
+    chain_case.write_config(tmp_path, adapted)
+    judge = load_judge(str(tmp_path), policy, config, mesh)
+    merged = dataclasses.replace(policy, model=merge_lora(model))
+    plain = dataclasses.replace(policy, model=add_value_head(policy.model, jax.random.key(3)))
+    digests = [
+        make_judge(one, config, judge.scale).engine.weights_digest() for one in (merged, plain)
+    ]
+    assert judge.engine.weights_digest() == digests[0] != digests[1]
 
 
 def test_the_choice_is_that_of_the_measured_vote(rounds):

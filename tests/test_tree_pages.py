@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from driver_case import next_step
 from search_case import candidate, searched
+from tree_case import node as made
 
+from smallmath_jax.records import Tree
 from smallmath_jax.report import trees
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.steps import ending
@@ -67,3 +69,21 @@ def test_priors_are_those_of_the_searchs_bound(tree):
     shares = np.exp(means) / np.exp(means).sum()
     assert [rows[node.tag]["prior"] for node in children] == pytest.approx(shares.tolist())
     assert len(children) > 1 and np.ptp(shares) > 0.01
+
+
+def test_trees_that_cannot_be_graded_are_in_no_share(tmp_path):
+    def answered(name, verdict, gold="3"):
+        nodes = [made("0", kind="root"), made("0.1", kind="answer", answer="3", verdict=verdict)]
+        return Tree(name, "One?", gold, nodes, chosen="0.1")
+
+    found = [answered(f"right {n}", "correct") for n in range(5)]
+    found += [answered("wrong", "wrong"), Tree("none", "One?", "3", [made("0", kind="root")])]
+    found += [
+        answered("slow", "timeout"),
+        answered("odd", "unparsable_gold"),
+        answered("?", "", ""),
+    ]
+    trees.write_tree_index(iter(found), tmp_path, title="Some")
+    assert "5 (71.4% of 7 that can be graded)" in (tmp_path / "index.html").read_text()
+    trees.write_tree_index(iter(found[:7]), tmp_path, title="Some")
+    assert "5 (71.4%)" in (tmp_path / "index.html").read_text()

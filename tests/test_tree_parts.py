@@ -94,6 +94,9 @@ def test_a_failed_search_stands_in_for_nothing(tmp_path):
     later = dataclasses.replace(well, rollouts=9)
     write_part(tmp_path / "c", "00000-host0.jsonl", [later])
     assert read_trees([tmp_path / "a", tmp_path / "c"]) == [later]
+    other = dataclasses.replace(well, round=2)  # a round's own tree, with the seed of all rounds
+    write_part(tmp_path / "d", "00000-host0.jsonl", [other])
+    assert read_trees([tmp_path / "d", tmp_path / "a"]) == [well, other]
 
 
 def test_a_failed_search_is_tried_again_and_counted(tmp_path, no_prompts, capsys):

@@ -29,7 +29,7 @@ def sections(
 ) -> dict[str, str]:
     """Section title -> HTML, of the evaluations that chose among several answers; empty without any."""
     found = {name: result for name, result in results.items() if result.get("votes")}
-    parts, named = {}, len(found) > 1
+    parts, named = {}, len(results) > 1  # whose numbers: another run may be compared
     for name, result in found.items():
         before = f"{name}: " if named else ""
         draw = lambda key, *data, name=name, **options: pictures(

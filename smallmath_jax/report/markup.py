@@ -34,8 +34,12 @@ DATA_URL = re.compile(r"data:image/(png|jpeg|gif|webp|bmp);base64,[A-Za-z0-9+/=\
 
 def escape(text: Any) -> str:
     """Text for element content or a quoted attribute; invisible and reordering characters become visible marks."""
-    safe = html.escape(str(text), quote=True)
-    return INVISIBLE.sub(lambda found: f"⟦U+{ord(found[0]):04X}⟧", safe)
+    return visible(html.escape(str(text), quote=True))
+
+
+def visible(text: str) -> str:
+    """The text with a mark for each invisible or reordering character."""
+    return INVISIBLE.sub(lambda found: f"⟦U+{ord(found[0]):04X}⟧", text)
 
 
 def script_json(value: Any) -> str:

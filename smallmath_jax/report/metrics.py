@@ -146,26 +146,30 @@ def _table(rows: list[Row]) -> dict[str, Any]:
 def _sample_metrics(
     rows: list[Row], k: tuple[int, ...], same: Callable[[str, str], bool]
 ) -> dict[str, Any]:
-    """pass@k (unbiased) and maj@k (of the first k samples), means over problems."""
-    problems = _grouped(
-        sorted(
-            (row for row in rows if row["verdict"] not in UNGRADABLE), key=lambda row: row["sample"]
-        ),
-        lambda row: row["problem_id"],
-    )
+    """pass@k (unbiased) and maj@k (of the first k samples), means over problems.
+
+    Samples that cannot be graded are left out of pass@k; they vote, and where they win their problem is left out.
+    """
+    every = _grouped(
+        sorted(rows, key=lambda row: row["sample"]), lambda row: row["problem_id"]
+    ).values()
+    gradable = [[row for row in found if row["verdict"] not in UNGRADABLE] for found in every]
     metrics: dict[str, Any] = {"pass_at_k": {}, "maj_at_k": {}}
     for size in k:
-        usable = [found for found in problems.values() if len(found) >= size]
-        if not usable:
-            continue
-        chances = [
-            pass_at_k(len(f), sum(row["verdict"] == "correct" for row in f), size) for f in usable
-        ]
-        votes = [majority(found[:size], same) for found in usable]
-        right = sum(vote is not None and vote["verdict"] == "correct" for vote in votes)
-        metrics["pass_at_k"][str(size)] = sum(chances) / len(chances)
-        metrics["maj_at_k"][str(size)] = {
-            "accuracy": right / len(votes),
-            "ci": list(wilson(right, len(votes))),
-        }
+        usable = [found for found in gradable if len(found) >= size]
+        if usable:
+            chances = [
+                pass_at_k(len(f), sum(row["verdict"] == "correct" for row in f), size)
+                for f in usable
+            ]
+            metrics["pass_at_k"][str(size)] = sum(chances) / len(chances)
+        votes = [majority(found[:size], same) for found in every if len(found) >= size]
+        verdicts = ["no_answer" if vote is None else vote["verdict"] for vote in votes]
+        verdicts = [verdict for verdict in verdicts if verdict not in UNGRADABLE]
+        if verdicts:
+            right = verdicts.count("correct")
+            metrics["maj_at_k"][str(size)] = {
+                "accuracy": right / len(verdicts),
+                "ci": list(wilson(right, len(verdicts))),
+            }
     return metrics

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (the backend is chosen first)
 
-from smallmath_jax.report.markup import escape  # noqa: E402
+from smallmath_jax.report.markup import escape, visible  # noqa: E402
 
 COLOURS = ("#8a96a5", "#2f6bdb", "#d97706", "#0f9d72", "#8b5cf6", "#d6468f", "#0e97b5", "#76a01b")
 SLICES = ("#2f6bdb", "#d97706", "#0f9d72", "#8b5cf6", "#d6468f", "#0e97b5", "#76a01b", "#8a96a5")
@@ -103,7 +103,7 @@ def accuracy_bars(
     Short categories stand side by side, long or many ones below each other. `prefix` comes before each name.
     """
     categories = categories_of(tables)
-    names = [f"{prefix}{category}" for category in categories]
+    names = [visible(f"{prefix}{category}") for category in categories]
     rows = len(categories) > 7 or any(len(name) >= LONG_NAME + len(prefix) for name in names)
     # the number over a bar where there is room for it
     numbered = len(tables) * len(categories) <= 12
@@ -126,13 +126,13 @@ def accuracy_bars(
             number = f"  (n = {known})" if rows else f"\nn = {known}"
             labels.append(name + (number if known else ""))
         _share_axis(axes, labels, rows)
-        axes.set_title(title, pad=22 if len(tables) > 1 else 8)
+        axes.set_title(visible(title), pad=22 if len(tables) > 1 else 8)
         if len(tables) > 1:
             handles = [
                 pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[i % len(COLOURS)])
                 for i in range(len(tables))
             ]
-            _legend_above(axes, handles, list(tables))
+            _legend_above(axes, handles, list(map(visible, tables)))
         return figure
 
     return _rendered(draw, form, title)
@@ -218,7 +218,7 @@ def correct_pie(
 
     def draw():
         figure, axes = pyplot.subplots(figsize=(5.2, 2.5))
-        axes.set_title(title)
+        axes.set_title(visible(title))
         axes.set_anchor("W")
         if not found:
             axes.axis("off")
@@ -233,7 +233,9 @@ def correct_pie(
             radius=1.2,
             wedgeprops={"width": 0.55},
         )
-        names = [f"{c}: {value:.0f} ({100 * value / total:.0f} %)" for c, value in found.items()]
+        names = [
+            f"{visible(c)}: {value:.0f} ({100 * value / total:.0f} %)" for c, value in found.items()
+        ]
         axes.text(0, 0, f"{total:.0f}\nright", ha="center", va="center", fontsize=9)
         axes.legend(slices, names, loc="center left", bbox_to_anchor=(1.12, 0.5), handlelength=1)
         return figure
@@ -253,9 +255,9 @@ def curves(
     def draw():
         figure, axes = pyplot.subplots(figsize=(3.7, 2.15))
         for colour, (name, values) in zip(COLOURS[1:], lines.items(), strict=False):
-            _curve(axes, steps, values, name, colour)
+            _curve(axes, steps, values, visible(name), colour)
         axes.grid(False, axis="x")
-        axes.set_title(title)
+        axes.set_title(visible(title))
         axes.set_xlabel(step_name)
         axes.margins(x=0.01)
         if len(lines) > 1:
@@ -301,7 +303,13 @@ def shares(
             colour = COLOURS[1:][place % (len(COLOURS) - 1)]
             percents = [100 * value for value in share]
             axes.plot(
-                x, percents, color=colour, label=name, linewidth=1.8, marker="o", markersize=4
+                x,
+                percents,
+                color=colour,
+                label=visible(name),
+                linewidth=1.8,
+                marker="o",
+                markersize=4,
             )
             ends = [[100 * value for value in side] for side in (low, high)]
             axes.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0)
@@ -316,7 +324,7 @@ def shares(
         axes.set_xlabel(step_name)
         axes.set_ylabel("%")
         axes.grid(False, axis="x")
-        axes.set_title(title)
+        axes.set_title(visible(title))
         if len(lines) > 1:
             _legend_above(axes, *axes.get_legend_handles_labels())
         return figure
@@ -335,12 +343,12 @@ def score_rows(stats: Mapping[str, Mapping[str, Any]], title: str, form: str = "
             if stat.get("ci"):
                 axes.plot(stat["ci"], [place, place], color=INK, linewidth=1.1)
         names = [f"{name}  (n = {stat['n']:,})" for name, stat in stats.items()]
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), list(map(visible, names)))
         axes.invert_yaxis()
         axes.set_xlim(-1.02, 1.02)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         axes.grid(False, axis="y")
-        axes.set_title(title)
+        axes.set_title(visible(title))
         return figure
 
     return _rendered(draw, form, title)
@@ -354,7 +362,14 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], form: str = "png") ->
         top = max((max(found) for found in lengths.values() if len(found)), default=1)
         bins = [top * i / 40 for i in range(41)]
         for colour, (name, found) in zip(COLOURS, lengths.items(), strict=False):
-            axes.hist(found, bins=bins, histtype="stepfilled", alpha=0.55, color=colour, label=name)
+            axes.hist(
+                found,
+                bins=bins,
+                histtype="stepfilled",
+                alpha=0.55,
+                color=colour,
+                label=visible(name),
+            )
         axes.set_title("completion lengths")
         axes.set_xlim(0, top * 1.02)
         axes.set_xlabel("tokens")

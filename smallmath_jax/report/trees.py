@@ -17,6 +17,7 @@ from etils import epath
 
 from smallmath_jax.records import Node, Tree, write_text
 from smallmath_jax.report.markup import asset, document, escape, percent, picture, script_json
+from smallmath_jax.report.metrics import UNGRADABLE
 from smallmath_jax.report.samples import badge
 from smallmath_jax.search.tree import policy_shares
 
@@ -205,7 +206,7 @@ def _totals(tree: Tree) -> Counter:
         trees=1,
         solved=any(node.verdict == "correct" for node in _answers(tree)),
         right=bool(chosen) and chosen.verdict == "correct",
-        graded=bool(tree.gold),
+        graded=bool(tree.gold) and not (chosen and chosen.verdict in UNGRADABLE),
         rollouts=tree.rollouts,
         wasted=tree.wasted,
         tokens=tree.tokens,
@@ -286,10 +287,12 @@ def _stroke(node: Node, chosen: bool) -> str:
 def _index_page(
     title: str, rows: list[list[tuple[Any, str]]], shapes: list[str], totals: Counter
 ) -> str:
-    count = max(1, totals["trees"])
+    count, graded = max(1, totals["trees"]), totals["graded"]
+    share = percent(totals["right"] / graded) if graded else "–"
+    beside = "" if graded == totals["trees"] else f" of {graded:,} that can be graded"
     facts = {
         "trees": f"{totals['trees']:,}",
-        "answered right": f"{totals['right']:,} ({percent(totals['right'] / count)})",
+        "answered right": f"{totals['right']:,} ({share}{beside})",
         "a right answer somewhere": f"{totals['solved']:,} ({percent(totals['solved'] / count)})",
         "rollouts": f"{totals['rollouts']:,}, {totals['wasted']:,} wasted",
         "tokens a tree": f"{totals['tokens'] / count:,.0f}",

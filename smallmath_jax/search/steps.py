@@ -157,4 +157,4 @@ def clip(text: str, characters: int) -> str:
     if len(text) <= characters:
         return text
     half = characters // 2
-    return f"{text[:half]}...{text[-half:]}"
+    return f"{text[:half]}...{text[len(text) - half :]}"

@@ -5,7 +5,7 @@ For pass@1, votes and best-of-N. One request for a program costs a tenth of the 
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,9 +42,17 @@ class Chain:
 
 
 async def follow(
-    driver: Driver, root: Place, names: Sequence[Any], sampling: Sampling, max_tokens: int
+    driver: Driver,
+    root: Place,
+    names: Sequence[Any],
+    sampling: Sampling,
+    max_tokens: int,
+    settings: SearchSettings,
 ) -> Chain:
-    """One trajectory of at most `max_tokens` written tokens from a root; `names` name its draws (law 5)."""
+    """One trajectory of at most `max_tokens` written tokens from a root; `names` name its draws (law 5).
+
+    A program's output is shown as a search by `settings` shows it.
+    """
     chain = Chain("", [], 0, 0.0, root, None, "", "length")
     for block in range(BLOCKS):
         if chain.written >= max_tokens:
@@ -55,13 +63,13 @@ async def follow(
         if not drawn:
             return chain
         chain = _longer(driver, chain, drawn[0])
-        if steps.ending(drawn[0].text) == steps.STEP_END:
+        if steps.ending(drawn[0].text) == steps.STEP_END and drawn[0].stop_reason != "eos":
             continue
         if steps.ending(drawn[0].text) != steps.CODE_END:
             step = steps.read_step(drawn[0])
             return dataclasses.replace(chain, answer=step.answer)
         (result,) = await driver.run_code([("", program_of(chain.text))])
-        output = steps.shown_output(LiveNode(), result, SearchSettings())
+        output = steps.shown_output(LiveNode(), result, settings)
         ids = driver.encode(output)
         chain = dataclasses.replace(
             chain,
@@ -104,6 +112,8 @@ def sample_all(
     folder: epath.Path,
     *,
     samples: int,
+    sampling: Sampling,
+    settings: SearchSettings,
     seed: int,
     stop: StopSignal,
     max_tokens: int,
@@ -119,8 +129,9 @@ def sample_all(
     done = {row["problem_id"] for row in read_parts(folder)}
     mine = [pair for pair in hosts.share(list(pairs)) if pair[0].id not in done]
     asked = [(GREEDY, 0, Sampling(temperature=0.0))] if greedy else []
-    asked += [(SAMPLED, n, driver.sampling) for n in range(samples)]
-    jobs = (_job(driver, problem, prompt, asked, seed, max_tokens) for problem, prompt in mine)
+    asked += [(SAMPLED, n, sampling) for n in range(samples)]
+    drawn = lambda root, names, how: follow(driver, root, names, how, max_tokens, settings)
+    jobs = (_job(driver, problem, prompt, asked, seed, drawn) for problem, prompt in mine)
     in_flight = max(1, 2 * driver.engine.slots // max(len(asked), 1)) + 1
     bar = Progress(max(len(mine), 1), title, quiet=not mine or hosts.host_index() != 0)
     together, meter = StopTogether(stop), Meter(driver.engine)
@@ -132,9 +143,8 @@ def sample_all(
                 writer.add(*rows)
                 counts["rows"] += len(rows)
                 counts["right"] += sum(row.verdict == "correct" for row in rows)
-                rates = meter.read()
-                shown = {"occupancy": rates["occupancy"], "tok/s": rates["tokens_per_second"]}
-                bar.advance(1, right=f"{counts['right'] / counts['rows']:.1%}", **shown)
+                right = f"{counts['right'] / counts['rows']:.1%}"
+                bar.advance(1, right=right, **meter.shown())
 
             def leave() -> bool:
                 writer.tick()
@@ -151,14 +161,14 @@ def _job(
     prompt: Prompt,
     asked: Sequence[tuple[str, int, Sampling]],
     seed: int,
-    max_tokens: int,
+    drawn: Callable[..., Awaitable[Chain]],
 ) -> Callable[[], Any]:
     async def chains() -> list[Completion]:
         root = driver.open(with_pixels(prompt, problem, driver.policy))
         try:
             names = lambda how, n: (seed, "chain", problem.id, how, n)
             found = await asyncio.gather(
-                *(follow(driver, root, names(how, n), one, max_tokens) for how, n, one in asked)
+                *(drawn(root, names(how, n), one) for how, n, one in asked)
             )
             scores = await _scores(driver, found)
             rows = []

@@ -303,7 +303,7 @@ def same_answer(first: str, second: str) -> bool:
 
 
 class Meter:
-    """Occupancy and tokens a second of an engine since this was made."""
+    """Occupancy and tokens a second of an engine since this was made. A server's slots are not known, nor how full."""
 
     def __init__(self, engine: Engine):
         self._engine, self._before = engine, engine.counters()
@@ -316,8 +316,12 @@ class Meter:
         }
         seconds = since["decode_seconds"] + since["prefill_seconds"]
         row_steps = since["decode_steps"] * self._engine.slots
-        return {
-            "occupancy": since["decoded_tokens"] / max(row_steps, 1),
-            "tokens_per_second": since["decoded_tokens"] / seconds if seconds else 0.0,
-            **since,
-        }
+        rate = since["decoded_tokens"] / seconds if seconds else 0.0
+        occupancy = {"occupancy": since["decoded_tokens"] / row_steps} if row_steps else {}
+        return {**occupancy, "tokens_per_second": rate, **since}
+
+    def shown(self) -> dict[str, float]:
+        """What a progress bar shows of it."""
+        rates = self.read()
+        names = {"occupancy": "occupancy", "tok/s": "tokens_per_second"}
+        return {label: rates[name] for label, name in names.items() if name in rates}

@@ -18,7 +18,7 @@ from typing import Any
 
 from smallmath_jax.data.batches import make_sequence
 from smallmath_jax.data.few_shot import EXAMPLES
-from smallmath_jax.data.tiny import tiny_problems
+from smallmath_jax.data.tiny import is_embedded, tiny_problems
 from smallmath_jax.data.tiny_noise import noisy_solution
 from smallmath_jax.data.tokens import completion_ids
 from smallmath_jax.parallel import hosts
@@ -41,6 +41,7 @@ from smallmath_jax.tasks.evolve_evaluate import evaluate_stage
 from smallmath_jax.tasks.evolve_stages import (
     SAMPLERS,
     Bench,
+    labelled_trees,
     lessons_of,
     manifest,
     round_settings,
@@ -57,7 +58,6 @@ from smallmath_jax.tasks.policy import (
 )
 from smallmath_jax.tasks.server import settings_of
 from smallmath_jax.tasks.sources import training_problems
-from smallmath_jax.tasks.tree_parts import find_trees, iter_trees
 from smallmath_jax.train.loop import StopSignal
 
 
@@ -122,8 +122,8 @@ def check(config: Any) -> None:
 
 def load_pool(config: Any, folder: Any) -> list[Problem]:
     """The problems the rounds search; embedded ones without those that the bootstrap policy may learn from."""
-    limit = config.limit
-    if config.bootstrap.solutions:
+    limit, embedded = config.limit, all(name.startswith("tiny:") for name in config.problems)
+    if config.bootstrap.solutions and embedded:
         limit = limit or 4 * config.evolve.rounds * (config.evolve.per_round or 500)
     pool = training_problems(config.problems, limit, config, folder)
     kept = [one for one in pool if not (config.bootstrap.solutions and is_bootstraps(one))]
@@ -137,12 +137,12 @@ def bootstrap_problems(config: Any) -> list[Problem]:
 
 
 def is_bootstraps(problem: Problem) -> bool:
-    """Which half of the embedded problems is the bootstrap's, the other half the rounds'.
+    """Which half of the embedded problems is the bootstrap's; the other half, and all others, are the rounds'.
 
     Small templates have a few dozen problems: a bootstrap that drew from all of them left none for the rounds, which
     then forgot how to solve them.
     """
-    return bool(draw_key("bootstrap half", problem.id)[0] % 2)
+    return is_embedded(problem) and bool(draw_key("bootstrap half", problem.id)[0] % 2)
 
 
 def bootstrap(bench: Bench, base: Policy) -> Policy:
@@ -205,7 +205,8 @@ def round_problems(bench: Bench, number: int, pool: Sequence[Problem]) -> list[P
     asked = {name for found in before for name in found["asked_ids"]}
     solved = {name for found in before for name in found["solved_ids"]}
     old = [problem for problem in pool if problem.id in asked - solved]
-    old = old[-int(size * bench.config.evolve.old_share) :] if old else []
+    room = int(size * bench.config.evolve.old_share)
+    old = old[-room:] if room else []
     new = [problem for problem in pool if problem.id not in asked]
     return old + new[: size - len(old)]
 
@@ -254,9 +255,7 @@ def train_judge(
     if not stages.is_done(folder):
         pairs = [pair for one in rounds for pair in ppm.read_pairs(one / "select" / "pairs")]
         if config.ppm.loss != "ppm":
-            trees = iter_trees(
-                found for one in rounds for found in find_trees([one / "search" / "trees"])
-            )
+            trees = (tree for one in rounds for tree in labelled_trees(bench, one, pool))
             examples = ppm.examples_of(trees, config.ppm.loss)
     needed = {pair.problem_id for pair in pairs} | {one.problem_id for one in examples}
     problems = [problem for problem in pool if problem.id in needed]

@@ -1,6 +1,7 @@
 """Which of a round's searches count: those that did not fail, and right answers that are right by reasoning."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -65,18 +66,26 @@ def checked(
     """The check of these trees, each host's share by itself. It is kept in FOLDER/checks, so programs run once."""
     path = folder / "checks" / f"{'+'.join(one.name for one in folders)}.json"
     first = hosts.host_index() == 0
+    digest = digest_of(entries)
     found = hosts.broadcast(json.loads(path.read_text()) if first and path.exists() else None)
-    if found is None:
+    if found is None or found.get("trees") != digest:  # failed searches were tried again since
         told = hosts.gather(_check_share(host, config, my_block(entries), problems))
         counts: Counter[str] = Counter(right_answers=0, lucky=0)
         for one in told:
             counts.update(one["counts"])
-        found = {"counts": dict(counts), "lucky": [row for one in told for row in one["lucky"]]}
+        found = {"trees": digest, "counts": dict(counts)}
+        found["lucky"] = [row for one in told for row in one["lucky"]]
         if first:
             write_text(path, json.dumps(found))
         hosts.barrier(f"checked {path}")
     lucky = {(row["problem_id"], row["seed"]): row["tags"] for row in found["lucky"]}
     return Checked(found["counts"], lucky)
+
+
+def digest_of(entries: Iterable[Entry]) -> str:
+    """Names which trees these are and how they ended, whatever part they lie in."""
+    rows = [[*one.key, one.stopped, one.right] for one in entries]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:32]
 
 
 def _check_share(

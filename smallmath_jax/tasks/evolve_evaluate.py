@@ -12,6 +12,7 @@ from smallmath_jax.records import Tree, read_parts, write_part
 from smallmath_jax.tasks import chains, evolve_measures, runs, searched
 from smallmath_jax.tasks.evolve_stages import Bench, agreed_manifest, write_manifest
 from smallmath_jax.tasks.policy import Policy, prompts_for
+from smallmath_jax.tasks.rollouts import sampling_of
 from smallmath_jax.tasks.search import search_settings
 from smallmath_jax.tasks.tree_parts import Entry, iter_trees
 
@@ -33,6 +34,8 @@ def evaluate_stage(
         list(zip(kept, prompts, strict=True)),
         folder / "completions",
         samples=samples,
+        sampling=sampling_of(config.eval.sampling),
+        settings=search_settings(config.search, seed=config.seed, round=number),
         seed=config.seed,
         stop=bench.stop,
         max_tokens=config.eval.sampling.max_tokens,

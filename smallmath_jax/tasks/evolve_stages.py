@@ -63,6 +63,7 @@ from smallmath_jax.train.loop import StopSignal
 
 DONE = "done.json"
 SECOND = "second"  # folder of the second pass over what the first left unsolved
+CONTROL = "control"  # and of the fresh searches that further rollouts are measured against
 
 
 @dataclasses.dataclass
@@ -243,8 +244,8 @@ def _search_round(
         tried = left[: config.evolve.more_problems or None]
         if config.evolve.control:
             again = dataclasses.replace(settings, seed=search_seeds(config.seed, 1000)[-1])
-            grow(tried, again, "control")
-            missed = _unsolved(bench, folder, ["control"], {p.id: p for p in tried})
+            grow(tried, again, CONTROL)
+            missed = _unsolved(bench, folder, [CONTROL], {p.id: p for p in tried})
             record |= {"tried_more": len(tried), "solved_by_control": len(tried) - len(missed)}
         for total in config.evolve.more:
             some = {problem.id: problem for problem in tried}
@@ -259,7 +260,10 @@ def _search_round(
             )
             tried = _unsolved(bench, folder, [f"more_{total}"], some)
             record[f"solved_by_{total}"] = len(some) - len(tried)
-    record["failed"] = count_failed(find_trees(_tree_folders(folder)), f"round {number} search")
+    # Each folder by itself: behind the tree that it was to go on from, a failed one is not seen
+    named = lambda path: f"round {number} search {path.name}"
+    searched = [path for path in (*_tree_folders(folder), folder / CONTROL) if path.exists()]
+    record["failed"] = sum(count_failed(find_trees([path]), named(path)) for path in searched)
     return record
 
 
@@ -317,6 +321,18 @@ def select_stage(bench: Bench, number: int, problems: Sequence[Problem]) -> dict
     record["asked_ids"] = sorted({entry.problem_id for entry in entries})
     record["by_stop"] = dict(sorted(Counter(entry.stopped for entry in entries).items()))
     return write_manifest(folder, record, started)
+
+
+def labelled_trees(bench: Bench, folder: epath.Path, problems: Sequence[Problem]) -> Iterator[Tree]:
+    """The trees of a selected round as `select_stage` judged them: lucky answers wrong, mistrusted labels left out."""
+    folders = _tree_folders(folder / "search")
+    by_id = {problem.id: problem for problem in problems}
+    entries = agreed(find_trees(folders), str(folder))
+    found = checked(bench.host, bench.config, folder / "search", folders, entries, by_id)
+    for group in by_problem(iter_trees(entries)):
+        group = [found.relabelled(tree) for tree in group]
+        if not is_noise(by_id.get(group[0].problem_id), group):
+            yield from group
 
 
 def _drop_parts(folder: epath.Path) -> None:

@@ -79,6 +79,25 @@ def keep_or_drop(folder: epath.Path, identity: dict[str, Any]) -> None:
     hosts.barrier(f"identity of {folder.name} kept")
 
 
+def keep_or_refuse(folder: epath.Path, named: dict[str, Any]) -> None:
+    """Before more trees to learn from: raises ValueError where those in `folder` were drawn by other weights.
+
+    All hosts call it.
+    """
+    path = folder / NAME
+    before = hosts.broadcast(
+        json.loads(path.read_text()) if hosts.host_index() == 0 and path.exists() else None
+    )
+    if before is not None and _what(before) != _what(named):
+        raise ValueError(
+            f"{folder}: its trees were drawn by other weights (policy from {before['source']}); what config.init_from, "
+            "config.model or config.judge names has changed since. Give a new --workdir; the trees of both can be "
+            "learnt from together (config.trees)"
+        )
+    if hosts.host_index() == 0:
+        write_text(path, json.dumps(named, indent=1))
+
+
 def _what(identity: dict[str, Any]) -> dict[str, Any]:
     """An identity without `source`: the same weights may have been copied elsewhere."""
     return {name: value for name, value in identity.items() if name != "source"}

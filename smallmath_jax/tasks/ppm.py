@@ -38,7 +38,7 @@ from smallmath_jax.tasks.policy import (
     prompts_for,
     restore_model,
 )
-from smallmath_jax.tasks.tree_parts import read_trees
+from smallmath_jax.tasks.tree_parts import find_trees, read_trees
 from smallmath_jax.train import step as steps
 from smallmath_jax.train.loop import StopSignal
 
@@ -52,6 +52,9 @@ def run(config: Any, workdir: str) -> None:
             raise ValueError(
                 f"trees={config.trees}: no tree there; search first (configs/search.py)"
             )
+        again = sum(len(find_trees([one])) for one in config.trees) - len(trees)
+        if again:
+            runs.say(f"trees: {again} stand behind later ones of the same problem, seed and round")
         policy = load_policy(config, mesh)
         lengths = prompt_lengths([problem_of(tree) for tree in trees], policy, config)
         pairs, counts = pairs_of(trees, PairSettings(**config.pairs.to_dict()), lengths)

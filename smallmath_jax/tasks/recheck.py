@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smallmath_jax.data.tiny import rebind, reinstantiate
+from smallmath_jax.data.tiny import is_embedded, rebind, reinstantiate
 from smallmath_jax.records import Node, Problem, Tree
 from smallmath_jax.search.expand import RIGHT, WRONG
 from smallmath_jax.search.steps import OK, code_of
@@ -51,7 +51,7 @@ def recheck(
 
 def can_check(problem: Problem | None) -> bool:
     """Whether the problem can be drawn again with other numbers."""
-    return problem is not None and problem.source == "tiny"
+    return problem is not None and is_embedded(problem)
 
 
 async def _lucky(asked: Mapping[Any, list[tuple[str, str]]], host: Host) -> set[Any]:

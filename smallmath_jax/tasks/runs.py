@@ -26,7 +26,7 @@ FREE_FIELDS = ("log", "checkpoint", "compare", "mesh", "engine", "remat", "watch
 # What a start leaves behind once it has computed something.
 RESULTS = (
     *("sft", "metrics", "checkpoints", "completions", "eval", "done.json"),
-    *("trees", "pairs", "bootstrap", "round_0"),
+    *("trees", "pairs", "bootstrap", "round_0", "made"),
 )
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
+from smallmath_jax.models.lora import merge_lora
 from smallmath_jax.models.value_head import add_value_head
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, Prompt, Tree, to_json, write_text
@@ -25,11 +27,12 @@ from smallmath_jax.search import select
 from smallmath_jax.search.mcts import search, search_seeds
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.vote import Scale, scale_of
-from smallmath_jax.tasks import runs
+from smallmath_jax.tasks import identity, runs
 from smallmath_jax.tasks.completions import image_link
 from smallmath_jax.tasks.driver import Driver, Judge, Meter, open_host
 from smallmath_jax.tasks.policy import (
     Policy,
+    add_lora,
     judge_checkpoints,
     load_policy,
     make_mesh,
@@ -59,6 +62,7 @@ def run(config: Any, workdir: str) -> None:
         folder = this_run.workdir / "trees"
         driver = Driver(policy, engine, host, judge=judge, **drawing(config))
         settings = search_settings(config.search, seed=config.seed)
+        identity.keep_or_refuse(this_run.workdir, weights_of(driver, config))
         grow_trees(driver, problems, settings, folder, config, stop=stop, searches=config.searches)
         if hosts.host_index() == 0:
             record = finish(folder, this_run.workdir)
@@ -67,6 +71,16 @@ def run(config: Any, workdir: str) -> None:
                 f"done in {this_run.wall_s():.0f} s: {record['coverage']:.1%} of {record['problems']} problems have a "
                 f"right answer, {record['failed']} searches failed{again}; {workdir}/report/trees/index.html"
             )
+
+
+def weights_of(driver: Driver, config: Any) -> dict[str, Any]:
+    """What draws and what judges, by digests of the weights."""
+    judge = driver.judge
+    return {
+        "source": identity.source_of(config),
+        "weights": driver.engine.weights_digest(),
+        "judge": None if judge is None else judge.engine.weights_digest(),
+    }
 
 
 def search_settings(settings: Any, **changes: Any) -> SearchSettings:
@@ -88,10 +102,11 @@ def load_judge(workdir: str, policy: Policy, config: Any, mesh: jax.sharding.Mes
 
     It must read the policy's tokens. Raises FileNotFoundError or ValueError for a workdir without one.
     """
-    settings = run_config(workdir)
-    like = add_value_head(policy.model, jax.random.key(0))
-    model = restore_model(judge_checkpoints(workdir), like, mesh)
-    scale = scale_of(settings["ppm"]["loss"], settings["ppm"]["tanh_in_loss"])
+    settings = ConfigDict(run_config(workdir))
+    model = add_lora(policy.model, settings, mesh) if settings.lora.rank else policy.model
+    like = add_value_head(model, jax.random.key(0))
+    model = merge_lora(restore_model(judge_checkpoints(workdir), like, mesh))
+    scale = scale_of(settings.ppm.loss, settings.ppm.tanh_in_loss)
     return make_judge(dataclasses.replace(policy, model=model), config, scale)
 
 
@@ -151,8 +166,7 @@ def grow_trees(
                 parts.add(tree)
                 counts.update(done=1, right=any(n.verdict == "correct" for n in tree.nodes))
                 failures.extend([tree.extra["failure"]] if tree.stopped == FAILED else ())
-                rates = meter.read()
-                shown = {"occupancy": rates["occupancy"], "tok/s": rates["tokens_per_second"]}
+                shown = meter.shown()
                 if settings.use_gold:
                     shown = {"solved": f"{counts['right'] / counts['done']:.1%}"} | shown
                 bar.advance(1, **shown)

@@ -28,7 +28,7 @@ from smallmath_jax.tasks.ballots import Case, grouped_shares, mean
 from smallmath_jax.tasks.driver import Driver, Host
 from smallmath_jax.tasks.evolve_checks import count_failed
 from smallmath_jax.tasks.policy import load_policy, make_mesh, prompts_for
-from smallmath_jax.tasks.rollouts import make_engine
+from smallmath_jax.tasks.rollouts import make_engine, sampling_of
 from smallmath_jax.tasks.runs import Run
 from smallmath_jax.tasks.search import drawing, grow_trees, load_judge, search_settings
 from smallmath_jax.tasks.tree_parts import Entry, agreed, find_trees, iter_trees
@@ -103,6 +103,8 @@ def _sampled(
         pairs,
         folder / "completions",
         samples=settings.samples,
+        sampling=sampling_of(settings.sampling),
+        settings=search_settings(config.search, seed=config.seed),
         seed=config.seed,
         stop=stop,
         max_tokens=settings.sampling.max_tokens,
@@ -193,8 +195,12 @@ def _tree_result(
     if not groups:
         return result | {"stopping": measures.stopping(cases, found, "chains")}
     leaves = [group[0].leaves for group in groups]
+    result["leaves"] = _with_sets(leaves, ballots.measures(LEAVES, scale))
+    if (
+        settings.method == "beam"
+    ):  # its answers come by level, not by rollout: nothing to stop early
+        return result
     return result | {
-        "leaves": _with_sets(leaves, ballots.measures(LEAVES, scale)),
         "scaling": measures.all_scaling([], groups, scale, settings.top_k),
         "stopping": measures.all_stopping([], groups, scale, settings.top_k),
         "failed": sum(one.failed for group in groups for one in group),

@@ -104,9 +104,8 @@ def one_chain(config: Any, problem: Problem) -> tuple[str, str | None, str]:
 
         async def walk() -> chains.Chain:
             root, names = driver.open(prompt), (config.seed, "solve", config.problem)
-            return await chains.follow(
-                driver, root, names, driver.sampling, config.sampling.max_tokens
-            )
+            limit, settings = config.sampling.max_tokens, settings_for(config)
+            return await chains.follow(driver, root, names, driver.sampling, limit, settings)
 
         found: list[chains.Chain] = []
         asyncio.run(driver.run([walk], 1, found.append))

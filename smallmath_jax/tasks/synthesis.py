@@ -18,11 +18,12 @@ from etils import epath
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, Sampling, draw_key, read_parts, to_json, write_text
 from smallmath_jax.search.select import agreed_answer
+from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.chains import follow
 from smallmath_jax.tasks.driver import Driver, open_host, same_answer
 from smallmath_jax.tasks.policy import load_policy, make_mesh, prompts_for
-from smallmath_jax.tasks.server import Client, ServerEngine, settings_of
+from smallmath_jax.tasks.server import Client, ServerEngine, ServerError, ServerGone, settings_of
 from smallmath_jax.tasks.sources import training_problems
 from smallmath_jax.tasks.tree_parts import Parts
 from smallmath_jax.train.loop import Progress, StopSignal, StopTogether
@@ -127,14 +128,24 @@ def _job(
             stop=(END,),
         )
         problem = new_problem(seed, text.partition(END)[0].strip())
-        row = {"seed_id": seed.id, "number": number, "problem": dataclasses.asdict(problem)}
         answers = await _answers(driver, problem, config) if problem.problem else []
-        return row | {
+        return {
+            "problem": dataclasses.asdict(problem),
             "answers": answers,
             "answer": agreed_answer(answers, same_answer, config.agreeing),
         }
 
-    return make
+    async def row() -> dict[str, Any]:
+        """A refused request costs its own problem; where no request can succeed, the run ends."""
+        named = {"seed_id": seed.id, "number": number}
+        try:
+            return named | await make()
+        except ServerGone:
+            raise
+        except ServerError as error:
+            return named | {"problem": None, "answers": [], "answer": None, "refused": str(error)}
+
+    return row
 
 
 def new_problem(seed: Problem, text: str) -> Problem:
@@ -163,9 +174,14 @@ async def _answers(driver: Driver, problem: Problem, config: Any) -> list[str | 
         names = lambda n: (config.seed, "agreement", problem.id, n)
         limit = config.solution_tokens
         walks = (
-            follow(driver, root, names(n), driver.sampling, limit) for n in range(config.solutions)
+            follow(driver, root, names(n), driver.sampling, limit, SearchSettings())
+            for n in range(config.solutions)
         )
-        return [chain.answer for chain in await asyncio.gather(*walks)]
+        # All of them end before the root is given back, whichever was refused
+        found = await asyncio.gather(*walks, return_exceptions=True)
+        for refused in (one for one in found if isinstance(one, BaseException)):
+            raise refused
+        return [chain.answer for chain in found]
     finally:
         driver.close(root)
 
@@ -180,6 +196,10 @@ def keep(root: epath.Path) -> tuple[int, int]:
     fields = ("id", "problem", "answer", "level", "subject", "source", "licence")
     lines = [json.dumps({name: one[name] for name in fields}) for one in kept.values()]
     write_text(root / "problems.jsonl", "".join(line + "\n" for line in lines))
-    summary = {"made": len(rows), "kept": len(kept)}
+    summary = {
+        "made": len(rows),
+        "kept": len(kept),
+        "refused": sum("refused" in row for row in rows),
+    }
     write_text(root / "summary.json", to_json(summary))
     return len(kept), len(rows)

@@ -4,8 +4,8 @@
     FOLDER/index/NUMBER-hostH.jsonl    of trees: which line is whose, so that nobody reads a round to ask what is in it
 
 A part is published behind its index, so a part that is there always has the index that describes it; a part without
-one is read once to make it. Of a (problem, seed) the later tree counts, but never a failed one before one that did
-not fail.
+one is read once to make it. Of a (problem, seed, round) the later tree counts, but never a failed one before one
+that did not fail.
 """
 
 import collections
@@ -119,6 +119,7 @@ class Entry:
     stopped: str
     right: int  # answers graded right
     group: str  # its problem's level; where it has none, the set it comes from
+    round: int = 0
     part: epath.Path | None = None
 
     @property
@@ -131,7 +132,7 @@ def _index_rows(rows: Iterable[Mapping[str, Any]], sizes: Iterable[int]) -> Iter
     for row, size in zip(rows, sizes, strict=True):
         right = sum(node["verdict"] == "correct" for node in row["nodes"])
         own = (row["problem_id"], row["seed"], offset, size, row["stopped"], right, group_of(row))
-        yield Entry(*own)
+        yield Entry(*own, row["round"])
         offset += size + 1
 
 
@@ -164,21 +165,22 @@ def _parsed(line: bytes, part: epath.Path, number: int | str) -> dict[str, Any]:
 
 
 def find_trees(folders: Iterable[Any]) -> list[Entry]:
-    """The trees of some folders of parts, one a (problem, seed), in the order of these, whatever order they came in.
+    """The trees of some folders of parts, one a (problem, seed, round), in their order, whatever order they came in.
 
     Of several the last one counts, in the order of folders and parts: a tree of further rollouts stands in for the one
     it went on from; a failed one stands in for another failed one only. Raises ValueError naming a torn line.
     """
-    found: dict[tuple[str, int], Entry] = {}
+    found: dict[tuple[str, int, int], Entry] = {}
     for folder in map(epath.Path, folders):
         parts = folder.glob("*.jsonl") if folder.exists() else ()
         below = folder / "index"
         indexed = {path.name for path in below.glob("*.jsonl")} if below.exists() else set()
         for part in sorted(parts, key=lambda path: path.name):
             for one in _part_index(part, part.name in indexed):
-                before = found.get(one.key)
+                name = (*one.key, one.round)
+                before = found.get(name)
                 if before is None or one.stopped != FAILED or before.stopped == FAILED:
-                    found[one.key] = one
+                    found[name] = one
     return [found[key] for key in sorted(found)]
 
 
