@@ -5,6 +5,8 @@
 Gate: in each run round 4's sampled pass@1 at least 8 points above the bootstrap's on >= 500 held-out problems, majority
 and coverage up, at most 1,500 s; over all runs the Wilson intervals of before and after apart, and 64 rollouts solving
 more of what 16 left than a fresh 16.
+
+A second table, ungated: where the last round's samples leave a judge something to choose, in text and in pictures.
 """
 
 import argparse
@@ -14,9 +16,14 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+from smallmath_jax.records import read_parts  # noqa: E402
 from smallmath_jax.report.metrics import wilson  # noqa: E402
+from smallmath_jax.search.vote import scale_of  # noqa: E402
+from smallmath_jax.tasks import ballots, evolve_measures  # noqa: E402
 
 HEADS = "run|s|n|pass@1|gain|majority of 8|coverage of 8|search|of what 16 left: fresh 16, 64|gate"
+
+KINDS = "run|problems|n|one sample|majority of 8|likeliest of 8|best of 8 by PPM|coverage of 8"
 
 
 def line(name: str, report: dict) -> tuple[str, bool]:
@@ -51,6 +58,23 @@ def pooled(reports: list[dict]) -> tuple[str, bool]:
     return f"All: {told}; of {tried} that 16 left, a fresh 16 solves {fresh}, 64 {more}.", met
 
 
+def kinds(workdir: pathlib.Path, last: int) -> list[str]:
+    """Rows of the second table: text and picture problems of the last round's evaluation, over 8 samples."""
+    names = (ballots.MAJORITY, ballots.LIKELY, ballots.BEST, ballots.COVERAGE)
+    measures = ballots.measures(names, scale_of("ppm"))
+    rows = list(read_parts(workdir / f"round_{last}" / "evaluate" / "completions"))
+    lines = []
+    for kind, pictured in (("text", False), ("pictures", True)):
+        some = [row for row in rows if bool(row["images"]) == pictured]
+        cases = [ballots.first(case, 8) for case in evolve_measures.sample_cases(some)]
+        shares = ballots.shares(cases, measures)
+        alone = [one.verdict == "correct" for case in cases for one in case.answers]
+        share = sum(alone) / (8 * len(cases))
+        cells = [f"{100 * one:.1f}" for one in (share, *(shares[n]["accuracy"] for n in names))]
+        lines.append("| " + " | ".join([workdir.name, kind, str(len(cases)), *cells]) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
@@ -62,7 +86,11 @@ def main() -> None:
     for row, _ in found:
         print(row)
     told, apart = pooled(reports)
-    print(f"\n{told}")
+    print(f"\n{told}\n")
+    heads = KINDS.split("|")
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for one, report in zip(asked.workdirs, reports, strict=True):
+        print("\n".join(kinds(one, len(report["rounds"]) - 1)))
     sys.exit(not (apart and all(met for _, met in found)))
 
 
