@@ -6,7 +6,8 @@ Gate: in each run round 4's sampled pass@1 at least 8 points above the bootstrap
 and coverage up, at most 1,500 s; over all runs the Wilson intervals of before and after apart, and 64 rollouts solving
 more of what 16 left than a fresh 16.
 
-A second table, ungated: where the last round's samples leave a judge something to choose, in text and in pictures.
+Two tables more, ungated: ways to choose among answers at near equal tokens (16 samples, and the rollout of a search
+that comes closest), and where 8 samples leave a judge something to choose, in text and in pictures.
 """
 
 import argparse
@@ -75,6 +76,22 @@ def kinds(workdir: pathlib.Path, last: int) -> list[str]:
     return lines
 
 
+def equal_tokens(reports: list[dict]) -> list[str]:
+    """Rows of the second table: a measure, its mean tokens a problem, its accuracy in each run."""
+    budget = reports[0]["scaling"]["majority"][-1]["tokens"]
+    lines = []
+    for name in reports[0]["scaling"]:
+        near = [
+            min(report["scaling"][name], key=lambda point: abs(point["tokens"] - budget))
+            for report in reports
+        ]
+        spent = [point["tokens"] for point in near]
+        spent = dict.fromkeys(f"{one:.0f}" for one in (min(spent), max(spent)))
+        cells = [name, " to ".join(spent), *(f"{100 * point['accuracy']:.1f}" for point in near)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
@@ -87,6 +104,9 @@ def main() -> None:
         print(row)
     told, apart = pooled(reports)
     print(f"\n{told}\n")
+    heads = ["", "tokens", *(one.name for one in asked.workdirs)]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    print("\n".join(equal_tokens(reports)) + "\n")
     heads = KINDS.split("|")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for one, report in zip(asked.workdirs, reports, strict=True):
