@@ -11,11 +11,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from configs import ppm as ppm_config
 from smallmath_jax.parallel import compile as aot
 from smallmath_jax.parallel import topologies
 from smallmath_jax.parallel.compile import Program, compile_program
 from smallmath_jax.parallel.mesh import make_mesh, platform_of
-from smallmath_jax.tasks import training
+from smallmath_jax.tasks import programs, training
+from smallmath_jax.tasks.export import export_policy
+from smallmath_jax.tasks.policy import load_policy
 
 GIB = 2**30
 
@@ -169,3 +172,17 @@ def test_rows_of_a_microbatch_fit_any_machine():
     found = [training.fit_rows(settings, mesh(*size)).microbatch_rows for size in sizes]
     assert found == [6, 8, 6, 16]
     assert settings.microbatch_rows == 6
+
+
+@pytest.mark.parametrize(
+    "loss", ["ppm", *(pytest.param(one, marks=pytest.mark.full) for one in ("pqm", "orm"))]
+)
+def test_a_reward_models_step_compiles(tmp_path, loss):
+    """On a tiny folder, at the config's own batch."""
+    config = ppm_config.get_config("tiny")
+    export_policy(load_policy(config, make_mesh(devices=jax.devices()[:1])), tmp_path)
+    machine, mesh = machine_and_mesh("v5e-4")
+    config.model, config.ppm.loss = str(tmp_path), loss
+    (program,) = programs.programs(config, mesh, machine)
+    report = compile_program(program, machine)
+    assert report.fits and report.program.startswith(f"{loss} step"), report.error

@@ -32,19 +32,24 @@ from smallmath_jax.train.programs import abstract_state, train_step_program
 
 FILL = 32  # pages the engine copies to slots in one call
 _DONATED = {"prefill": (1,), "fill_slots": (0,), "decode": (1,)}  # as the engine's own jit does
+SHORTEST_STEP = 16  # tokens: so many places of a row can be judged
 FIRST_UNUSED = 151665  # Qwen: vocabulary rows from here on are no token
 
 
 def programs(config: Any, mesh: Mesh, machine: Topology) -> list[Program]:
-    """All programs of an sft or grpo config on `mesh`, the machine's compile-only devices.
+    """All programs of an sft, grpo or ppm config on `mesh`, the machine's compile-only devices.
 
-    Raises ValueError for another task, and as the parts do for sizes that do not fit together.
+    A run of configs/ppm.py has no engine. Raises ValueError for another task, and as the parts do for sizes that do
+    not fit together.
     """
-    if config.task not in ("sft", "grpo"):
+    if config.task not in ("sft", "grpo", "ppm"):
         raise ValueError(
-            f"task {config.task!r} has no train step; compile configs/sft.py or configs/grpo.py"
+            f"task {config.task!r} has no train step of its own; compile configs/sft.py, configs/grpo.py or "
+            "configs/ppm.py"
         )
     model = model_config(config)
+    if config.task == "ppm":
+        return [_judge_program(config, model, mesh)]
     host = topologies.devices(topologies.host_of(machine.name))
     local = make_mesh(-1, 1, math.gcd(config.engine.tensor_parallel, len(host)), host)
     sampling = _engine_programs(config, model, local)
@@ -113,6 +118,32 @@ def _train_program(
         trainable=trainable(config),
         loss_settings=loss_settings,
         resident=held,
+    )
+
+
+def _judge_program(config: Any, model: ModelConfig, mesh: Mesh) -> Program:
+    """A reward model's train step at the config's full batch, were each pair to bring two paths of its own."""
+    settings = fit_rows(config.ppm, mesh)
+    rows, length = settings.microbatch_rows, settings.row_length
+    patches = config.vision.max_patches if model.vision is not None else 0
+    longest = min(settings.max_tokens, length)
+    ends = rows * length // SHORTEST_STEP
+    compute = make_compute(model, config, mesh)
+    return train_step_program(
+        model,
+        mesh,
+        loss=settings.loss,
+        optimizer_settings=settings.optimizer,
+        compute=dataclasses.replace(compute, head_chunk=rules.head_chunk(mesh)),
+        microbatches=microbatches_for(2 * settings.pairs, longest, patches, settings),
+        rows=rows,
+        row_length=length,
+        row_patches=settings.row_patches if model.vision is not None else 0,
+        trainable=trainable(config),
+        loss_settings={"tanh": settings.tanh_in_loss} if settings.loss == "ppm" else {},
+        value_dropout=settings.dropout,
+        ends=ends,
+        pairs=ends // 2,
     )
 
 
