@@ -204,6 +204,20 @@ def test_a_dead_worker_is_replaced_and_loses_nothing():
         assert worker not in processes(sandbox._process.pid)
 
 
+def test_long_programs_wait_while_long_results_are_on_their_way():
+    """Nobody waits for a worker to read that itself waits to be read."""
+    slow = "import time; time.sleep(0.5); print('x' * 1_000_000)"
+    long = "print(2)\n#" + "y" * 900_000
+    with start_sandbox(small(modules=(), output_bytes=2 << 20)) as sandbox:
+        tickets = [sandbox.submit("", code) for code in (slow, long)]
+        found, until = {}, time.monotonic() + 30
+        while len(found) < 2 and time.monotonic() < until:
+            found.update(sandbox.poll(1.0))
+        assert set(found) == set(tickets), "programs never ran"
+        printed = [found[ticket].stdout for ticket in tickets]
+    assert printed == ["x" * 1_000_000 + "\n", "2\n"]
+
+
 def test_workers_are_replaced_after_so_many_programs():
     with start_sandbox(small(modules=(), recycle_runs=3)) as sandbox:
         before = processes(sandbox._process.pid)
