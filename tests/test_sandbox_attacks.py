@@ -144,6 +144,23 @@ for place in ({str(mine)!r}, {str(tmp_path)!r}):
     assert (state.st_mode & 0o777, state.st_mtime, mine.read_text()) == (0o600, 1, "x")
 
 
+def test_the_null_device_is_the_hosts_and_cannot_be_changed(sandbox):
+    code = """
+import os
+if os.path.exists("/python"):
+    for action in (lambda: os.chmod("/dev/null", 0o600), lambda: os.utime("/dev/null"), lambda: os.truncate("/dev/null", 0)):
+        try:
+            action()
+            print("changed")
+        except OSError as error:
+            print(error.strerror)
+    print("x" * 9, file=open(os.devnull, "w"))
+    print(repr(open(os.devnull).read()))
+"""
+    shown = "Read-only file system\n" * 2 + "Invalid argument\n''\n"
+    assert run(sandbox, code).stdout in (shown, "")
+
+
 def test_spoiling_the_scratch_folder_itself_spoils_nothing(sandbox):
     before = sandbox.counters()["restarts"]
     spoil = """

@@ -79,7 +79,8 @@ def _start(
         os.chdir("/")
     sys.path[:] = places
     if tier != "T1":
-        done.append(jail.become_nobody(places))
+        names = dict(zip(places, folders, strict=True))
+        done.append(jail.become_nobody(names, settings.modules, must=tier == "T3"))
         if "user" not in done and tier == "T3" and jail.enter_user_namespace():
             done.append("user")
         linux.prctl(linux.PR_SET_DUMPABLE, 1)
