@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -266,6 +267,40 @@ def test_a_folder_is_emptied_whatever_lies_in_it(tmp_path):
     (tmp_path / "shut").mkdir(mode=0)
     (tmp_path / "moved-3").mkdir()
     assert watch.empty_folder(str(tmp_path)) and not os.listdir(tmp_path)
+
+
+def test_folders_named_as_if_moved_are_emptied(tmp_path):
+    """And without a rename: the first Landlock refuses to move anything from one folder to another."""
+    from smallmath_jax.verify.sandbox import watch
+
+    for n in range(30):
+        (tmp_path / f"moved-{n}" / "y").mkdir(parents=True)
+        (tmp_path / f"moved-{n}" / "y" / "z").write_text("z")
+    (tmp_path / "a" / "x").mkdir(parents=True)
+    here = os.getcwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(os, "rename")
+        assert watch.empty_folder(str(tmp_path))
+    assert not os.listdir(tmp_path) and os.getcwd() == here
+
+
+def test_no_program_runs_in_a_folder_that_was_not_emptied(monkeypatch):
+    """Those already handed to the worker run in its successor."""
+    from smallmath_jax.verify.sandbox import protocol, watch, worker
+
+    mine, its = socket.socketpair()
+    forker = watch.Forker(0, its, 0, 0, 0, 0, 0)
+    stub = worker.Worker(protocol.SandboxSettings(), forker, None, None, {}, {}, "/tmp")
+    ran = []
+    outcome = worker.Outcome("ok", b"", b"", 0.0, 0.0, 0.0)
+    monkeypatch.setattr(worker, "run_job", lambda *job: ran.append(job) or outcome)
+    monkeypatch.setattr(worker.watch, "empty_folder", lambda folder: False)
+    monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
+    for number in range(3):
+        mine.sendall(protocol.pack_job(number, 0, b"", b"pass"))
+    with mine, its, pytest.raises(SystemExit):
+        worker._serve(stub, its)
+    assert len(ran) == 1
 
 
 def test_packages_are_found_without_importing_them():

@@ -3,12 +3,12 @@ printed. Runs in process 1 of a jail, which may only trust what the kernel tells
 
 import contextlib
 import fcntl
-import itertools
 import os
 import resource
 import select
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Sequence
@@ -268,24 +268,33 @@ def holds_files(process: int) -> bool:
 def empty_folder(folder: str) -> bool:
     """Deletes what lies in a folder, however deep and whatever its permissions; False where that fails.
 
-    Without recursion: what lies in a folder below is moved up first. There are no links (the filter sees to it).
+    Without recursion and without long paths: folders are entered one by one. Nothing is renamed: the first Landlock
+    forbids that. There are no links (the filter sees to it).
     """
-    moved = itertools.count()
     try:
         os.chmod(folder, 0o700)
-        while names := os.listdir(folder):
-            for name in names:
-                path = os.path.join(folder, name)
-                if not os.path.isdir(path):
-                    os.unlink(path)
-                    continue
-                os.chmod(path, 0o700)
-                for inner in os.listdir(path):
-                    os.chmod(os.path.join(path, inner), 0o700)
-                    os.rename(
-                        os.path.join(path, inner), os.path.join(folder, f"moved-{next(moved)}")
-                    )
-                os.rmdir(path)
+        if names := os.listdir(folder):
+            with contextlib.chdir(folder):
+                _delete(names)
     except OSError:
         return False
     return True
+
+
+def _delete(names: list[str]) -> None:
+    """Deletes these files and folders of the current folder."""
+    entered: list[tuple[str, list[str]]] = []  # folders above, and what is left to delete beside them
+    while names or entered:
+        if not names:
+            name, names = entered.pop()
+            os.chdir("..")
+            os.rmdir(name)
+            continue
+        name = names.pop()
+        if not stat.S_ISDIR(os.lstat(name).st_mode):
+            os.unlink(name)
+            continue
+        os.chmod(name, 0o700)
+        entered.append((name, names))
+        os.chdir(name)
+        names = os.listdir(".")

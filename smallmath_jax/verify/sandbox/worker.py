@@ -204,6 +204,8 @@ def _serve(worker: Worker, channel: socket.socket) -> None:
                 )
             )
             left = left - 1 if _emptied(worker) else 0
+            if left == 0:
+                break  # the supervisor has the rest run elsewhere
     channel.sendall(protocol.frame(b"B", b""))
     os._exit(0)
 
