@@ -461,6 +461,26 @@ print(seen, len(texts), os.listdir("/tmp") if os.path.exists("/python") else [],
     assert before.stdout.startswith("[] 0 [] 2.0 0.844")  # random.seed(0)
 
 
+@pytest.mark.parametrize("prefix", ["", "z = 1"])
+def test_what_programs_share_is_as_it_was(sandbox, prefix):
+    """The open file behind stdin; the scratch folder's times and permissions."""
+    look = """
+import fcntl, os
+place = os.stat("/tmp") if os.path.exists("/python") else None
+print(fcntl.fcntl(0, fcntl.F_GETFL), place and (place.st_mtime_ns, place.st_mode))
+"""
+    stain = """
+import fcntl, os
+fcntl.fcntl(0, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)
+fcntl.flock(0, fcntl.LOCK_EX)
+if os.path.exists("/python"): os.utime("/tmp", (77, 77)); os.chmod("/tmp", 0o500)
+"""
+    codes = (look, stain, look + "#", stain + "os.chmod('/tmp', 0)", look + "##")
+    results = run_all(sandbox, *codes, prefix=prefix)
+    assert results[1].status == "ok", results[1].stderr_tail
+    assert len({result.stdout for result in results[::2]}) == 1, results
+
+
 def test_the_forkers_memory_holds_no_other_program(sandbox):
     """All readable memory of a program is searched, by its own map of pages, for the text of the one before."""
     run(

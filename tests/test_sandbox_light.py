@@ -107,6 +107,13 @@ def test_asking_for_more_gains_nothing(sandbox):
     assert run(sandbox, "print(6 * 7)").stdout == "42\n"
 
 
+def test_where_there_is_one_forker_no_status_asks_for_another():
+    with start_sandbox(small(modules=())) as sandbox:
+        codes = ("import sys\nsys.exit(88)", "import os\nos._exit(88)")
+        results = run_all(sandbox, *codes) + run_all(sandbox, *codes, prefix="x = 1")
+        assert {(result.status, result.stderr_tail) for result in results} == {("error", "")}
+
+
 def test_the_finder_may_be_taken_away(sandbox):
     """Then the import runs from the files: slow, and only this program's own affair."""
     code = (

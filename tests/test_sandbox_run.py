@@ -10,6 +10,7 @@ import time
 
 import pytest
 from sandbox_case import run, run_all, small
+from test_sandbox_service import processes
 
 from smallmath_jax.verify.sandbox import SandboxBusy, SandboxError, start_sandbox
 
@@ -106,6 +107,8 @@ PREFIXES = {
     "hooks": ("import atexit\natexit.register(print, 'bye')", "print('hello')"),
     "signals": ("import signal\nsignal.signal(signal.SIGALRM, print)", "print(signal.getsignal(signal.SIGALRM) is print)"),
     "files": ("try:\n    open('/tmp/f', 'w').write('x')\nexcept OSError: pass", "import os; print(os.path.exists('/tmp/f') or not os.path.exists('/python')); os.path.exists('/tmp/f') and os.remove('/tmp/f')"),
+    "scratch folder": ("import os\ntry: os.chmod('/tmp', 0o500)\nexcept OSError: pass", "import os; print(oct(os.stat('/tmp').st_mode) if os.path.exists('/python') else '')"),
+    "timer": ("import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.3)", "import time; time.sleep(1); print('end')"),
     "forges a status": ("x = 1", "import os; os._exit(87)"),
     "memory": ("big = 'x' * (100 << 20)", "print(len(big + ''))"),
 }  # fmt: skip
@@ -123,6 +126,28 @@ def test_a_kept_prefix_gives_what_a_whole_run_gives(sandbox, whole, name):
     assert not any(
         "dropped" in r.stdout or "lost" in r.stdout or "too" in r.stderr_tail for r in kept
     )
+
+
+GROWTH = {
+    "catches": ("try:\n    big = b'x' * (200 << 20)\nexcept MemoryError:\n    big = None", "print(big is None)"),
+    "claims to be kept": ("import os\nbig = b'x' * (200 << 20)\nif os.write(21, b'kept'):\n    while True: pass", ""),
+    "fits": ("big = b'x' * (50 << 20)", "print(len(big))"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_a_prefix_has_all_the_memory_of_a_program(name):
+    """What has grown too large to be kept is not kept; it never sees a smaller limit."""
+    prefix, code = GROWTH[name]
+    settings = small(modules=(), memory_mb=300, snapshot_memory_mb=100)
+    with start_sandbox(settings) as sandbox:
+        at_rest = len(processes(sandbox._process.pid))
+        results = run_all(sandbox, *(f"{code}\n# {n}" for n in range(3)), prefix=prefix)
+        kept = len(processes(sandbox._process.pid)) - at_rest
+    shown = {"catches": "False\n", "fits": f"{50 << 20}\n"}
+    if name in shown:
+        assert [(r.status, r.stdout) for r in results] == [("ok", shown[name])] * 3
+    assert kept == (name == "fits")
 
 
 def test_the_prefixs_cpu_time_counts(sandbox):

@@ -28,14 +28,15 @@ JOB, CONTROL, SINK, OUT, GO = 20, 21, 22, 23, 24
 OPEN_FILES = 32
 OUT_OF_MEMORY = 86  # exit status of a program that ran out of memory
 NOT_A_UNIT = (
-    87  # exit status of a kept prefix's fork whose text only compiles as a whole: to be run anew
+    87  # exit status of a prefix, or its fork, that only a whole run is right for: to be run anew
 )
 ASKS_FOR_MORE = 88  # exit status of a light forker's program that imports what is not there
 RUN, KEEP = b"r", b"k"
 LENGTHS = struct.Struct("<II")  # a job: lengths of prefix and code, then both
 _FUTURE = 0x1FF0000  # compiler flags a `from __future__` sets, to be carried from prefix to code
 
-_exit = os._exit  # programs may replace the other name
+_exit, _timer = os._exit, signal.getitimer  # programs may replace the other names
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _kept: list[object] = []  # what fills holes in the heap
 
 _ALSO = ("math", "fractions", "itertools", "collections", "statistics", "decimal", "datetime", "functools", "operator",
@@ -232,6 +233,8 @@ def _keep(own: list[int], before_program: Callable[[], None]) -> None:
         _exit(NOT_A_UNIT)
     main = fresh_module()
     execute(unit, main)
+    if any(_timer(which)[0] for which in _TIMERS):
+        _exit(NOT_A_UNIT)  # no fork would have it
     turn_to_code()
     os.write(CONTROL, b"kept")
     serve(Kept(main, unit.co_flags & _FUTURE), before_program)
