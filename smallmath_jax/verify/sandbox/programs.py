@@ -123,13 +123,23 @@ def settle() -> None:
 
 def limit(memory: int, output: int) -> None:
     """Resource limits every fork inherits. `memory` in bytes on top of what is mapped now."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (output + 1, output + 1))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
-    resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, 8 << 20))
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-    hard = mapped() + memory
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    wanted = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: output + 1,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_STACK: 8 << 20,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_AS: mapped() + memory,
+    }
+    for which, most in wanted.items():
+        hard = _at_most(which, most)
+        resource.setrlimit(which, (hard, hard))
+
+
+def _at_most(which: int, wanted: int) -> int:
+    """A limit, or the one this process was started under where that is lower: no one may lift it."""
+    hard = resource.getrlimit(which)[1]
+    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
 
 
 def mapped() -> int:
@@ -139,7 +149,7 @@ def mapped() -> int:
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     old = resource.getrlimit(resource.RLIMIT_AS)
-    low, high = 0, 1 << 40
+    low, high = 0, _at_most(resource.RLIMIT_AS, 1 << 40)
     while high - low > 4096:
         middle = (low + high) // 2
         resource.setrlimit(resource.RLIMIT_AS, (middle, old[1]))
