@@ -72,6 +72,8 @@ def _seed() -> None:
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
+    if "sympy.core.random" in sys.modules:  # not in old versions
+        sys.modules["sympy.core.random"].seed(0)
 
 
 def _rehearse(text: str) -> None:
