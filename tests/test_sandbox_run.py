@@ -267,6 +267,26 @@ def test_too_much_in_flight_is_said_and_waited_for():
         assert len(run_all(sandbox, *(f"print({n}, 'b')" for n in range(10)))) == 10
 
 
+@pytest.mark.parametrize("why", ["known", "cancelled", "rejected"])
+def test_one_who_needs_no_room_after_all_leaves_it_to_the_next(why):
+    async def many(sandbox):
+        codes = {"known": "print(1)", "cancelled": "print(2)", "rejected": "print('\ud800')"}
+        first = asyncio.create_task(sandbox.run("", "print(1)"))
+        others = [asyncio.create_task(sandbox.run("", codes[why])) for _ in range(2)]
+        last = asyncio.create_task(sandbox.run("", "print(3)"))
+        if why == "cancelled":
+            await first
+            assert not any(other.done() for other in others)
+            for other in others:
+                other.cancel()
+        results = await asyncio.wait_for(asyncio.gather(first, last), 30)
+        await asyncio.gather(*others, return_exceptions=True)
+        return [result.stdout for result in results]
+
+    with start_sandbox(small(pending=1, modules=(), memo_entries=10)) as sandbox:
+        assert asyncio.run(many(sandbox)) == ["1\n", "3\n"]
+
+
 def test_waiting_in_the_queue_is_not_run_time():
     nap = "import time; time.sleep(0.3)  # {}"
     with start_sandbox(small(modules=())) as sandbox:  # its counters hold these programs alone

@@ -1,5 +1,6 @@
 """The sandbox's processes: tiers, users, what ends with what, what is started again."""
 
+import asyncio
 import os
 import pathlib
 import signal
@@ -205,6 +206,26 @@ def test_a_supervisor_that_keeps_dying_is_given_up(monkeypatch):
         sandbox._process.kill()
         with pytest.raises(SandboxError, match="died"):
             sandbox.poll(60)
+        with pytest.raises(SandboxError, match="closed"):
+            run(sandbox, "print(1)")
+
+
+@pytest.mark.parametrize("error", [OSError("no more processes"), SandboxError("no tier")])
+def test_a_supervisor_that_cannot_be_replaced_is_told_to_all_who_wait(error, monkeypatch):
+    def fail(self):
+        raise error
+
+    async def wait(sandbox):
+        waiting = [asyncio.create_task(sandbox.run("", f"input({n})")) for n in range(2)]
+        nap = asyncio.create_task(sandbox.run("", "import time; time.sleep(60)"))
+        await asyncio.sleep(0.5)
+        monkeypatch.setattr(client.Sandbox, "_start", fail)
+        sandbox._process.kill()
+        return await asyncio.wait_for(asyncio.gather(*waiting, nap, return_exceptions=True), 20)
+
+    with start_sandbox(QUICK) as sandbox:
+        results = asyncio.run(wait(sandbox))
+        assert isinstance(results[-1], SandboxError) and str(error) in str(results[-1])
         with pytest.raises(SandboxError, match="closed"):
             run(sandbox, "print(1)")
 
