@@ -129,9 +129,9 @@ def test_a_kept_prefix_gives_what_a_whole_run_gives(sandbox, whole, name):
 
 
 GROWTH = {
-    "catches": ("try:\n    big = b'x' * (200 << 20)\nexcept MemoryError:\n    big = None", "print(big is None)"),
-    "claims to be kept": ("import os\nbig = b'x' * (200 << 20)\nif os.write(21, b'kept'):\n    while True: pass", ""),
-    "fits": ("big = b'x' * (50 << 20)", "print(len(big))"),
+    "catches": ("try:\n    big = b'x' * (100 << 20)\nexcept MemoryError:\n    big = None", "print(big is None)"),
+    "claims to be kept": ("import os\nbig = b'x' * (100 << 20)\nif os.write(21, b'kept'):\n    while True: pass", ""),
+    "fits": ("big = b'x' * (25 << 20)", "print(len(big))"),
 }  # fmt: skip
 
 
@@ -139,12 +139,12 @@ GROWTH = {
 def test_a_prefix_has_all_the_memory_of_a_program(name):
     """What has grown too large to be kept is not kept; it never sees a smaller limit."""
     prefix, code = GROWTH[name]
-    settings = small(modules=(), memory_mb=300, snapshot_memory_mb=100)
+    settings = small(modules=(), cpu_seconds=5.0, memory_mb=150, snapshot_memory_mb=50)
     with start_sandbox(settings) as sandbox:
         at_rest = len(processes(sandbox._process.pid))
         results = run_all(sandbox, *(f"{code}\n# {n}" for n in range(3)), prefix=prefix)
         kept = len(processes(sandbox._process.pid)) - at_rest
-    shown = {"catches": "False\n", "fits": f"{50 << 20}\n"}
+    shown = {"catches": "False\n", "fits": f"{25 << 20}\n"}
     if name in shown:
         assert [(r.status, r.stdout) for r in results] == [("ok", shown[name])] * 3
     assert kept == (name == "fits")
