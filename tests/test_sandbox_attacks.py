@@ -144,6 +144,23 @@ for place in ({str(mine)!r}, {str(tmp_path)!r}):
     assert (state.st_mode & 0o777, state.st_mtime, mine.read_text()) == (0o600, 1, "x")
 
 
+def test_the_null_device_is_the_hosts_and_cannot_be_changed(sandbox):
+    code = """
+import os
+if os.path.exists("/python"):
+    for action in (lambda: os.chmod("/dev/null", 0o600), lambda: os.utime("/dev/null"), lambda: os.truncate("/dev/null", 0)):
+        try:
+            action()
+            print("changed")
+        except OSError as error:
+            print(error.strerror)
+    print("x" * 9, file=open(os.devnull, "w"))
+    print(repr(open(os.devnull).read()))
+"""
+    shown = "Read-only file system\n" * 2 + "Invalid argument\n''\n"
+    assert run(sandbox, code).stdout in (shown, "")
+
+
 def test_spoiling_the_scratch_folder_itself_spoils_nothing(sandbox):
     before = sandbox.counters()["restarts"]
     spoil = """
@@ -442,6 +459,26 @@ print(seen, len(texts), os.listdir("/tmp") if os.path.exists("/python") else [],
     assert stained.status == "ok", stained.stderr_tail
     assert before.status == "ok" and before.stdout == after.stdout
     assert before.stdout.startswith("[] 0 [] 2.0 0.844")  # random.seed(0)
+
+
+@pytest.mark.parametrize("prefix", ["", "z = 1"])
+def test_what_programs_share_is_as_it_was(sandbox, prefix):
+    """The open file behind stdin; the scratch folder's times and permissions."""
+    look = """
+import fcntl, os
+place = os.stat("/tmp") if os.path.exists("/python") else None
+print(fcntl.fcntl(0, fcntl.F_GETFL), place and (place.st_mtime_ns, place.st_mode))
+"""
+    stain = """
+import fcntl, os
+fcntl.fcntl(0, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)
+fcntl.flock(0, fcntl.LOCK_EX)
+if os.path.exists("/python"): os.utime("/tmp", (77, 77)); os.chmod("/tmp", 0o500)
+"""
+    codes = (look, stain, look + "#", stain + "os.chmod('/tmp', 0)", look + "##")
+    results = run_all(sandbox, *codes, prefix=prefix)
+    assert results[1].status == "ok", results[1].stderr_tail
+    assert len({result.stdout for result in results[::2]}) == 1, results
 
 
 def test_the_forkers_memory_holds_no_other_program(sandbox):

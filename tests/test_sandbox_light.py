@@ -1,10 +1,13 @@
 # ruff: noqa: E501 (programs keep their lines)
 """Two forkers serve programs: a light one with the standard library, a warm one. No result tells which it was."""
 
+import random
+
+import numpy as np
 import pytest
 from sandbox_case import run, run_all, small
 
-from smallmath_jax.verify.sandbox import rehearsal, start_sandbox
+from smallmath_jax.verify.sandbox import programs, rehearsal, start_sandbox
 
 WARM = "\n# sympy"  # the word sends a program to the warm forker
 LOADED = "import sys\nprint('sym' + 'py' in getattr(sys, 'mod' + 'ules'))\n"
@@ -105,6 +108,24 @@ def test_asking_for_more_gains_nothing(sandbox):
         results = run_all(sandbox, "print(1)", "print(2)", "print(3)", prefix=prefix)
         assert {(r.status, r.stdout) for r in results} == {("error", "")}
     assert run(sandbox, "print(6 * 7)").stdout == "42\n"
+
+
+def test_every_forker_starts_from_the_same_seeds():
+    """Those of sympy's own generator too, which workers would otherwise have from the system."""
+    import sympy
+
+    draw = lambda: (sympy.randprime(10**8, 10**9), random.random(), np.random.rand())
+    programs._seed()
+    first = draw()
+    programs._seed()
+    assert draw() == first
+
+
+def test_where_there_is_one_forker_no_status_asks_for_another():
+    with start_sandbox(small(modules=())) as sandbox:
+        codes = ("import sys\nsys.exit(88)", "import os\nos._exit(88)")
+        results = run_all(sandbox, *codes) + run_all(sandbox, *codes, prefix="x = 1")
+        assert {(result.status, result.stderr_tail) for result in results} == {("error", "")}
 
 
 def test_the_finder_may_be_taken_away(sandbox):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 from sandbox_case import run, run_all, small
+from test_sandbox_service import processes
 
 from smallmath_jax.verify.sandbox import SandboxBusy, SandboxError, start_sandbox
 
@@ -106,6 +107,8 @@ PREFIXES = {
     "hooks": ("import atexit\natexit.register(print, 'bye')", "print('hello')"),
     "signals": ("import signal\nsignal.signal(signal.SIGALRM, print)", "print(signal.getsignal(signal.SIGALRM) is print)"),
     "files": ("try:\n    open('/tmp/f', 'w').write('x')\nexcept OSError: pass", "import os; print(os.path.exists('/tmp/f') or not os.path.exists('/python')); os.path.exists('/tmp/f') and os.remove('/tmp/f')"),
+    "scratch folder": ("import os\ntry: os.chmod('/tmp', 0o500)\nexcept OSError: pass", "import os; print(oct(os.stat('/tmp').st_mode) if os.path.exists('/python') else '')"),
+    "timer": ("import signal\nsignal.setitimer(signal.ITIMER_REAL, 0.3)", "import time; time.sleep(1); print('end')"),
     "forges a status": ("x = 1", "import os; os._exit(87)"),
     "memory": ("big = 'x' * (100 << 20)", "print(len(big + ''))"),
 }  # fmt: skip
@@ -123,6 +126,28 @@ def test_a_kept_prefix_gives_what_a_whole_run_gives(sandbox, whole, name):
     assert not any(
         "dropped" in r.stdout or "lost" in r.stdout or "too" in r.stderr_tail for r in kept
     )
+
+
+GROWTH = {
+    "catches": ("try:\n    big = b'x' * (100 << 20)\nexcept MemoryError:\n    big = None", "print(big is None)"),
+    "claims to be kept": ("import os\nbig = b'x' * (100 << 20)\nif os.write(21, b'kept'):\n    while True: pass", ""),
+    "fits": ("big = b'x' * (25 << 20)", "print(len(big))"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWTH)
+def test_a_prefix_has_all_the_memory_of_a_program(name):
+    """What has grown too large to be kept is not kept; it never sees a smaller limit."""
+    prefix, code = GROWTH[name]
+    settings = small(modules=(), cpu_seconds=5.0, memory_mb=150, snapshot_memory_mb=50)
+    with start_sandbox(settings) as sandbox:
+        at_rest = len(processes(sandbox._process.pid))
+        results = run_all(sandbox, *(f"{code}\n# {n}" for n in range(3)), prefix=prefix)
+        kept = len(processes(sandbox._process.pid)) - at_rest
+    shown = {"catches": "False\n", "fits": f"{25 << 20}\n"}
+    if name in shown:
+        assert [(r.status, r.stdout) for r in results] == [("ok", shown[name])] * 3
+    assert kept == (name == "fits")
 
 
 def test_the_prefixs_cpu_time_counts(sandbox):
@@ -240,6 +265,26 @@ def test_too_much_in_flight_is_said_and_waited_for():
         assert [r.stdout for r in asyncio.run(many())] == [f"{n} a\n" for n in range(12)]
         assert len(sandbox.poll()) == 3
         assert len(run_all(sandbox, *(f"print({n}, 'b')" for n in range(10)))) == 10
+
+
+@pytest.mark.parametrize("why", ["known", "cancelled", "rejected"])
+def test_one_who_needs_no_room_after_all_leaves_it_to_the_next(why):
+    async def many(sandbox):
+        codes = {"known": "print(1)", "cancelled": "print(2)", "rejected": "print('\ud800')"}
+        first = asyncio.create_task(sandbox.run("", "print(1)"))
+        others = [asyncio.create_task(sandbox.run("", codes[why])) for _ in range(2)]
+        last = asyncio.create_task(sandbox.run("", "print(3)"))
+        if why == "cancelled":
+            await first
+            assert not any(other.done() for other in others)
+            for other in others:
+                other.cancel()
+        results = await asyncio.wait_for(asyncio.gather(first, last), 30)
+        await asyncio.gather(*others, return_exceptions=True)
+        return [result.stdout for result in results]
+
+    with start_sandbox(small(pending=1, modules=(), memo_entries=10)) as sandbox:
+        assert asyncio.run(many(sandbox)) == ["1\n", "3\n"]
 
 
 def test_waiting_in_the_queue_is_not_run_time():

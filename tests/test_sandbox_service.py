@@ -1,8 +1,10 @@
 """The sandbox's processes: tiers, users, what ends with what, what is started again."""
 
+import asyncio
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -59,6 +61,25 @@ def test_programs_never_run_as_root_with_its_rights():
         result = run(sandbox, code)
         if sandbox.tier == "T3":
             assert result.stdout == "65534 65534 True\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="as root: others go on as themselves")
+@pytest.mark.parametrize("shut", ["", "shut_package", "shut_package/__init__.py"])
+def test_libraries_only_root_may_read_are_named(shut, tmp_path, monkeypatch):
+    """As after an installation with umask 077: programs do not run as root in T3 for that."""
+    package = tmp_path / "inside/shut_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(package.parent)
+    settings = small(modules=("shut_package",))
+    with start_sandbox(settings) as sandbox:
+        assert (sandbox.tier, sandbox.modules) == ("T3", ("shut_package",))
+    place = package.parent / shut
+    os.chmod(place, 0o700 if place.is_dir() else 0o600)
+    with start_sandbox(settings) as sandbox:
+        assert sandbox.tier == "T2"
+        assert f"chmod -R go+rX {package.parent}" in sandbox.weaker[0]
+        assert run(sandbox, "import shut_package; print(2)").stdout == "2\n"
 
 
 def test_without_isolation_nothing_runs_unless_that_is_asked_for():
@@ -189,6 +210,26 @@ def test_a_supervisor_that_keeps_dying_is_given_up(monkeypatch):
             run(sandbox, "print(1)")
 
 
+@pytest.mark.parametrize("error", [OSError("no more processes"), SandboxError("no tier")])
+def test_a_supervisor_that_cannot_be_replaced_is_told_to_all_who_wait(error, monkeypatch):
+    def fail(self):
+        raise error
+
+    async def wait(sandbox):
+        waiting = [asyncio.create_task(sandbox.run("", f"input({n})")) for n in range(2)]
+        nap = asyncio.create_task(sandbox.run("", "import time; time.sleep(60)"))
+        await asyncio.sleep(0.5)
+        monkeypatch.setattr(client.Sandbox, "_start", fail)
+        sandbox._process.kill()
+        return await asyncio.wait_for(asyncio.gather(*waiting, nap, return_exceptions=True), 20)
+
+    with start_sandbox(QUICK) as sandbox:
+        results = asyncio.run(wait(sandbox))
+        assert isinstance(results[-1], SandboxError) and str(error) in str(results[-1])
+        with pytest.raises(SandboxError, match="closed"):
+            run(sandbox, "print(1)")
+
+
 def test_a_dead_worker_is_replaced_and_loses_nothing():
     with start_sandbox(QUICK) as sandbox:
         tickets = [
@@ -202,6 +243,20 @@ def test_a_dead_worker_is_replaced_and_loses_nothing():
             found.update(sandbox.poll(60))
         assert [found[ticket].stdout for ticket in tickets] == ["0\n", "1\n", "2\n"]
         assert worker not in processes(sandbox._process.pid)
+
+
+def test_long_programs_wait_while_long_results_are_on_their_way():
+    """Nobody waits for a worker to read that itself waits to be read."""
+    slow = "import time; time.sleep(0.5); print('x' * 1_000_000)"
+    long = "print(2)\n#" + "y" * 900_000
+    with start_sandbox(small(modules=(), output_bytes=2 << 20)) as sandbox:
+        tickets = [sandbox.submit("", code) for code in (slow, long)]
+        found, until = {}, time.monotonic() + 30
+        while len(found) < 2 and time.monotonic() < until:
+            found.update(sandbox.poll(1.0))
+        assert set(found) == set(tickets), "programs never ran"
+        printed = [found[ticket].stdout for ticket in tickets]
+    assert printed == ["x" * 1_000_000 + "\n", "2\n"]
 
 
 def test_workers_are_replaced_after_so_many_programs():
@@ -233,6 +288,40 @@ def test_a_folder_is_emptied_whatever_lies_in_it(tmp_path):
     (tmp_path / "shut").mkdir(mode=0)
     (tmp_path / "moved-3").mkdir()
     assert watch.empty_folder(str(tmp_path)) and not os.listdir(tmp_path)
+
+
+def test_folders_named_as_if_moved_are_emptied(tmp_path):
+    """And without a rename: the first Landlock refuses to move anything from one folder to another."""
+    from smallmath_jax.verify.sandbox import watch
+
+    for n in range(30):
+        (tmp_path / f"moved-{n}" / "y").mkdir(parents=True)
+        (tmp_path / f"moved-{n}" / "y" / "z").write_text("z")
+    (tmp_path / "a" / "x").mkdir(parents=True)
+    here = os.getcwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(os, "rename")
+        assert watch.empty_folder(str(tmp_path))
+    assert not os.listdir(tmp_path) and os.getcwd() == here
+
+
+def test_no_program_runs_in_a_folder_that_was_not_emptied(monkeypatch):
+    """Those already handed to the worker run in its successor."""
+    from smallmath_jax.verify.sandbox import protocol, watch, worker
+
+    mine, its = socket.socketpair()
+    forker = watch.Forker(0, its, 0, 0, 0, 0, 0)
+    stub = worker.Worker(protocol.SandboxSettings(), forker, None, None, {}, {}, "/tmp")
+    ran = []
+    outcome = worker.Outcome("ok", b"", b"", 0.0, 0.0, 0.0)
+    monkeypatch.setattr(worker, "run_job", lambda *job: ran.append(job) or outcome)
+    monkeypatch.setattr(worker.watch, "empty_folder", lambda folder: False)
+    monkeypatch.setattr(os, "_exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
+    for number in range(3):
+        mine.sendall(protocol.pack_job(number, 0, b"", b"pass"))
+    with mine, its, pytest.raises(SystemExit):
+        worker._serve(stub, its)
+    assert len(ran) == 1
 
 
 def test_packages_are_found_without_importing_them():

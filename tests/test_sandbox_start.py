@@ -83,3 +83,55 @@ def test_nothing_of_a_client_with_jax_and_odd_signals_reaches_it(tier):
         assert (one["threads"], one["blocked"], one["pipe"], one["libraries"]) == (1, 0, False, [])
         assert not one["ignored"] & ~PYTHONS_OWN
     assert told["verdicts"] == ["ok", "timeout_cpu", "error", "error"]
+
+
+HOLES = """
+    import ctypes, resource, sys
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+    real = ctypes.CDLL
+    class Refusing:
+        def __init__(self, *name): self.__dict__["libc"] = real(*name)
+        def __getattr__(self, name):
+            if name == "mallopt":
+                return lambda *_: 0
+            if name == "sbrk" and sys.argv[1] == "nowhere":
+                return lambda _: 0
+            return getattr(self.libc, name)
+    ctypes.CDLL = Refusing
+    from smallmath_jax.verify.sandbox import heap
+    heap.gather()
+    import decimal, fractions, statistics
+    kept = heap.fill_holes()
+    print(sum(map(sys.getsizeof, kept)) >> 20)
+"""
+
+
+@pytest.mark.parametrize("heap", ["known", "nowhere"])
+def test_holes_are_filled_within_bounds_whatever_the_allocator_does(heap):
+    """A large block may be mapped far from all others, where the allocator takes no advice."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(HOLES), heap],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert int(done.stdout) < 100
+
+
+def test_an_address_space_with_a_limit_is_kept_to():
+    """As after `ulimit -v`: no search above it, which those without rights may not lift."""
+    code = f"""
+        import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        import resource
+        for which, most in (("AS", 8 << 30), ("STACK", 4 << 20), ("NOFILE", 256), ("FSIZE", 1 << 20)):
+            resource.setrlimit(getattr(resource, "RLIMIT_" + which), (most, most))
+        from sandbox_case import run, small
+        from smallmath_jax.verify.sandbox import start_sandbox
+        with start_sandbox(small(modules=(), output_bytes=1 << 22)) as sandbox:
+            print(run(sandbox, "print(6 * 7)"), sandbox.tier, sandbox.weaker)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert "stdout='42\\n'" in done.stdout, done.stderr[-1000:]

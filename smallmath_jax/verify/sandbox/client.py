@@ -57,7 +57,7 @@ class Sandbox:
         self._queue_ms: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._cpu_ms: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._restarts = 0
-        self._room: list[asyncio.Future] = []
+        self._room: collections.deque[asyncio.Future] = collections.deque()
         self._awaited: set[asyncio.Future] = set()
         self._sending = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,9 +115,14 @@ class Sandbox:
             self._send()
             room = loop.create_future()
             self._room.append(room)
-            await room
+            try:
+                await room
+            except asyncio.CancelledError:
+                self._wake()  # it may have been its turn
+                raise
         done: asyncio.Future[Result] = loop.create_future()
         self._add(prefix, code, lambda result: done.done() or done.set_result(result))
+        self._wake()  # a program that is known takes no room
         if done.done():
             return done.result()
         if not self._sending:  # once for all that is added in this turn of the loop
@@ -214,10 +219,16 @@ class Sandbox:
             self._remember(flight.key, dataclasses.replace(result, cached=True))
         for take in flight.waiting:
             take(result)
+        self._wake()
+
+    def _wake(self) -> None:
+        """As many of those who wait for room as there is room for."""
         free = self.settings.pending - len(self._flights)
-        for room in self._room[:free]:
-            room.done() or room.set_result(None)
-        del self._room[:free]
+        while free > 0 and self._room:
+            room = self._room.popleft()
+            if not room.done():  # those who were cancelled are still in line
+                room.set_result(None)
+                free -= 1
 
     def _remember(self, key: bytes, result: Result) -> None:
         self._memo[key] = result
@@ -232,7 +243,6 @@ class Sandbox:
     # -- the supervisor
 
     def _start(self) -> None:
-        mine, its = socket.socketpair()
         settings = dataclasses.replace(
             self.settings, workers=self.settings.workers or len(os.sched_getaffinity(0))
         )
@@ -242,17 +252,17 @@ class Sandbox:
             "root": os.path.dirname(_folder(__file__, 3)),
             "tiers": _tiers(settings),
         }
-        self._process = subprocess.Popen(
-            command("supervisor", config["root"], str(its.fileno()), json.dumps(config)),
-            pass_fds=(its.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            env=environment(),
-            cwd="/",
-            start_new_session=True,
-        )
-        its.close()
-        self._channel = mine
+        self._channel, its = socket.socketpair()
+        with its:
+            self._process = subprocess.Popen(
+                command("supervisor", config["root"], str(its.fileno()), json.dumps(config)),
+                pass_fds=(its.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=environment(),
+                cwd="/",
+                start_new_session=True,
+            )
         self._inbox.clear()
         self._hear_hello()
 
@@ -293,7 +303,13 @@ class Sandbox:
         self._stop()
         if self._restarts > RESTARTS:
             self._give_up(f"the supervisor died {self._restarts} times in a row without a result")
-        self._start()
+        try:
+            self._start()
+        except (SandboxError, OSError) as error:
+            if self._process is not None:
+                self._stop()
+            self._channel.close()
+            self._give_up(f"the supervisor died and cannot be replaced: {error}")
         self._outbox.clear()
         for ticket, flight in self._flights.items():
             self._outbox += protocol.pack_job(ticket, 0, flight.prefix, flight.code)

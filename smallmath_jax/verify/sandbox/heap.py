@@ -13,7 +13,8 @@ from collections.abc import Callable
 _HUGE = 1 << 21
 _COLLAPSE = 25  # madvise
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt
-_HOLES = 50_000  # at most, of each size
+_LARGEST = 1 << 25  # the highest threshold every glibc takes
+_MOST = 1 << 24  # bytes of holes to be filled; some hundred thousand is usual
 _ENOUGH = 20  # blocks one behind the other: from here on memory is new
 
 
@@ -60,17 +61,24 @@ def fill_holes() -> list[object]:
     """Objects that fill what is free in pages already in use: what a fork allocates starts on pages of its own, in
     order. They are to be kept alive."""
     kept: list[object] = []
+    most = _MOST
     for size in range(16, 513, 16):
         make, before, together = _maker(size), 0, 0
-        for _ in range(_HOLES):
+        while most > 0:
+            most -= size
             kept.append(make())
             together = together + 1 if id(kept[-1]) == before + size else 0
             before = id(kept[-1])
             if together == _ENOUGH:
                 break
+    libc = ctypes.CDLL(None)
+    libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
     edge = id(bytes(1 << 20))  # past this, memory is new: larger blocks come from malloc
+    if edge > (libc.sbrk(0) or 0):
+        return kept  # malloc has mapped it far from all others, in spite of `gather`
     for size in (1 << 15, 1 << 14, 1 << 13, 1 << 12, 2048, 1536, 1024, 768, *range(736, 512, -32)):
-        for _ in range(_HOLES):
+        while most > 0:
+            most -= size
             kept.append(bytes(size))
             if id(kept[-1]) > edge:
                 break
@@ -115,7 +123,7 @@ def gather() -> None:
     """Until `scatter`, all memory comes from one growing piece, and not from pieces between the mapped libraries, which
     huge pages could not cover. (Python asks `aligned_alloc(16, size)` for arenas, and gives none back: `labs`.)"""
     libc, python = ctypes.CDLL(None), ctypes.pythonapi
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 30)
+    libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
     python.PyObject_GetArenaAllocator(ctypes.byref(_usual))
     address = lambda function: ctypes.cast(function, ctypes.c_void_p)
     arenas = _Arenas(16, address(libc.aligned_alloc), address(libc.labs))

@@ -3,10 +3,11 @@
 import contextlib
 import ctypes
 import os
+import stat
 import struct
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from smallmath_jax.verify.sandbox import linux
 
@@ -114,6 +115,8 @@ def _small_files() -> None:
     os.mkdir("/new/dev")
     os.close(os.open("/new/dev/null", os.O_CREAT | os.O_WRONLY, 0o644))
     linux.mount("/old/dev/null", "/new/dev/null", "", linux.MS_BIND)
+    # A device is written to all the same; its permissions and times are the host's.
+    _make_read_only("/new/dev/null")
 
 
 def _bind(source: str, target: str) -> None:
@@ -124,10 +127,15 @@ def _bind(source: str, target: str) -> None:
     at_recursive = 0x8000
     try:
         linux.call("mount_setattr", -100, target.encode() + b"\0", at_recursive, attributes, 32)
-    except OSError:  # before Linux 5.12: the top of it only, keeping the flags that are locked
-        flags = os.statvfs(target).f_flag & (linux.MS_NOEXEC | linux.MS_NODEV | linux.MS_NOSUID)
-        remount = linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY
-        linux.mount("", target, "", remount | flags)
+    except OSError:  # before Linux 5.12: the top of it only
+        _make_read_only(target)
+
+
+def _make_read_only(target: str) -> None:
+    """Changes one mount, keeping the flags that are locked."""
+    flags = os.statvfs(target).f_flag & (linux.MS_NOEXEC | linux.MS_NODEV | linux.MS_NOSUID)
+    remount = linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY
+    linux.mount("", target, "", remount | flags)
 
 
 def move_imports(folders: Sequence[str], places: Sequence[str]) -> None:
@@ -146,28 +154,44 @@ def move_imports(folders: Sequence[str], places: Sequence[str]) -> None:
     sys.path_importer_cache.clear()
 
 
-def become_nobody(readable: Sequence[str]) -> str:
-    """Gives up user id, groups and capabilities. `readable` are folders that must stay readable. Says what was done."""
+def become_nobody(readable: Mapping[str, str], modules: Sequence[str], must: bool) -> str:
+    """Gives up user id, groups and capabilities. Says what was done.
+
+    `readable`: folders that must stay readable, and what they are called outside. Raises OSError where root `must`
+    become another user and cannot.
+    """
     done = "no capabilities"
-    if os.geteuid() == 0 and _reachable(readable):
-        with contextlib.suppress(OSError):
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
-            done = f"uid {NOBODY}, no capabilities"
+    if os.geteuid() == 0:
+        shut = [name for place, name in readable.items() if not _open_to_all(place, modules)]
+        if must and shut:
+            raise OSError(
+                f"programs run as user {NOBODY}, who may not read all of {shut[0]}: chmod -R go+rX {shut[0]}"
+            )
+        try:
+            if not shut:
+                os.setgroups([])
+                os.setresgid(NOBODY, NOBODY, NOBODY)
+                os.setresuid(NOBODY, NOBODY, NOBODY)
+                done = f"uid {NOBODY}, no capabilities"
+        except OSError:
+            if must:
+                raise
     linux.drop_capabilities()
     linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     return done
 
 
-def _reachable(folders: Sequence[str]) -> bool:
-    """Whether anybody may read the folders."""
-    for folder in folders:
-        parts = folder.split("/")
-        for end in range(2, len(parts) + 1):
-            if not os.stat("/".join(parts[:end])).st_mode & 0o001:
-                return False
-    return True
+def _open_to_all(folder: str, modules: Sequence[str]) -> bool:
+    """Whether anybody may read a folder and the modules in it: umask 077 at their installation forbids it."""
+    parts = folder.split("/")
+    above = ["/".join(parts[:end]) for end in range(2, len(parts))]
+    inside = [os.path.join(folder, name.partition(".")[0]) for name in modules]
+    inside += [os.path.join(place, "__init__.py") for place in inside]
+    readable = [folder, *filter(os.path.exists, inside)]
+    modes = [os.stat(place).st_mode for place in readable]
+    return all(os.stat(place).st_mode & 0o001 for place in above) and all(
+        mode & 0o004 and (mode & 0o001 or not stat.S_ISDIR(mode)) for mode in modes
+    )
 
 
 def landlock_version() -> int:

@@ -28,14 +28,15 @@ JOB, CONTROL, SINK, OUT, GO = 20, 21, 22, 23, 24
 OPEN_FILES = 32
 OUT_OF_MEMORY = 86  # exit status of a program that ran out of memory
 NOT_A_UNIT = (
-    87  # exit status of a kept prefix's fork whose text only compiles as a whole: to be run anew
+    87  # exit status of a prefix, or its fork, that only a whole run is right for: to be run anew
 )
 ASKS_FOR_MORE = 88  # exit status of a light forker's program that imports what is not there
 RUN, KEEP = b"r", b"k"
 LENGTHS = struct.Struct("<II")  # a job: lengths of prefix and code, then both
 _FUTURE = 0x1FF0000  # compiler flags a `from __future__` sets, to be carried from prefix to code
 
-_exit = os._exit  # programs may replace the other name
+_exit, _timer = os._exit, signal.getitimer  # programs may replace the other names
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 _kept: list[object] = []  # what fills holes in the heap
 
 _ALSO = ("math", "fractions", "itertools", "collections", "statistics", "decimal", "datetime", "functools", "operator",
@@ -71,6 +72,8 @@ def _seed() -> None:
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
+    if "sympy.core.random" in sys.modules:  # not in old versions
+        sys.modules["sympy.core.random"].seed(0)
 
 
 def _rehearse(text: str) -> None:
@@ -122,13 +125,23 @@ def settle() -> None:
 
 def limit(memory: int, output: int) -> None:
     """Resource limits every fork inherits. `memory` in bytes on top of what is mapped now."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (output + 1, output + 1))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
-    resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, 8 << 20))
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-    hard = mapped() + memory
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    wanted = {
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_FSIZE: output + 1,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_STACK: 8 << 20,
+        resource.RLIMIT_MEMLOCK: 0,
+        resource.RLIMIT_AS: mapped() + memory,
+    }
+    for which, most in wanted.items():
+        hard = _at_most(which, most)
+        resource.setrlimit(which, (hard, hard))
+
+
+def _at_most(which: int, wanted: int) -> int:
+    """A limit, or the one this process was started under where that is lower: no one may lift it."""
+    hard = resource.getrlimit(which)[1]
+    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
 
 
 def mapped() -> int:
@@ -138,7 +151,7 @@ def mapped() -> int:
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     old = resource.getrlimit(resource.RLIMIT_AS)
-    low, high = 0, 1 << 40
+    low, high = 0, _at_most(resource.RLIMIT_AS, 1 << 40)
     while high - low > 4096:
         middle = (low + high) // 2
         resource.setrlimit(resource.RLIMIT_AS, (middle, old[1]))
@@ -232,6 +245,8 @@ def _keep(own: list[int], before_program: Callable[[], None]) -> None:
         _exit(NOT_A_UNIT)
     main = fresh_module()
     execute(unit, main)
+    if any(_timer(which)[0] for which in _TIMERS):
+        _exit(NOT_A_UNIT)  # no fork would have it
     turn_to_code()
     os.write(CONTROL, b"kept")
     serve(Kept(main, unit.co_flags & _FUTURE), before_program)

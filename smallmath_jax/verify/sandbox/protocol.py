@@ -30,7 +30,7 @@ class SandboxSettings:
     stderr_tail: int = 2000  # bytes of stderr kept
     program_bytes: int = 1 << 20  # longer programs are rejected
     snapshots: int = 8  # prefixes a worker keeps executed; 0: prefixes run anew for every sibling
-    snapshot_memory_mb: int = 256  # address space a kept prefix may add
+    snapshot_memory_mb: int = 256  # memory a kept prefix may add; one that takes more is not kept
     memo_entries: int = 4096  # results kept for programs met again; 0: none
     memo_bytes: int = 64 << 20
     pending: int = (

@@ -5,6 +5,7 @@ client has loaded by then (a device library, threads).
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -64,6 +65,7 @@ class Worker:
     failure: str = ""
     leaving: bool = False  # it has run as many programs as it may
     buffer: bytearray = dataclasses.field(default_factory=bytearray)
+    outbox: bytearray = dataclasses.field(default_factory=bytearray)  # what it has no room for yet
     jobs: "collections.deque[Job]" = dataclasses.field(default_factory=collections.deque)
     busy_since: float = 0.0
 
@@ -98,11 +100,14 @@ def main() -> None:
     while True:
         events = selector.select(timeout=5.0)
         for key, mask in events:
-            if key.data is not None:
-                _hear_worker(state, key.data)
+            if key.data is None:
+                if mask & selectors.EVENT_READ:
+                    _hear_client(state)
                 continue
+            if mask & selectors.EVENT_WRITE:
+                _send(state, key.data)
             if mask & selectors.EVENT_READ:
-                _hear_client(state)
+                _hear_worker(state, key.data)
         _kill_stuck(state)
         _dispatch(state)
         _flush(state)
@@ -217,8 +222,10 @@ def _bury(state: State, worker: Worker) -> None:
         ):
             state.tiers.pop(0)
         if not state.tiers or len(state.failures) > 20 + 4 * state.config["settings"]["workers"]:
-            state.client.setblocking(True)
-            state.client.sendall(protocol.frame(b"F", "; ".join(state.failures[-4:]).encode()))
+            state.outbox += protocol.frame(b"F", "; ".join(state.failures[-4:]).encode())
+            state.client.settimeout(5.0)  # the client may be sending, and nobody reads any more
+            with contextlib.suppress(OSError):
+                state.client.sendall(state.outbox)
             _end(state)
     if worker.jobs and not worker.leaving:
         worker.jobs[0].attempts += 1
@@ -294,14 +301,22 @@ def _hand_over(state: State, worker: Worker, job: Job) -> None:
     if not worker.jobs:
         worker.busy_since = time.monotonic()
     worker.jobs.append(job)
-    worker.channel.setblocking(
-        True
-    )  # it reads as soon as it is done: there is nothing else to wait for
+    worker.outbox += protocol.frame(b"J", body)
+    _send(state, worker)
+
+
+def _send(state: State, worker: Worker) -> None:
+    """As much as there is room for: a busy worker does not read, and may itself wait until its result is read."""
     try:
-        worker.channel.sendall(protocol.frame(b"J", body))
+        while worker.outbox:
+            del worker.outbox[: worker.channel.send(worker.outbox)]
+    except BlockingIOError:
+        pass
     except OSError:
+        worker.outbox.clear()
         worker.process.kill()  # `_bury` takes the programs back
-    worker.channel.setblocking(False)
+    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.outbox else 0)
+    state.selector.modify(worker.channel, events, worker)
 
 
 def _flush(state: State) -> None:

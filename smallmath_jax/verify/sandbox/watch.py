@@ -3,18 +3,18 @@ printed. Runs in process 1 of a jail, which may only trust what the kernel tells
 
 import contextlib
 import fcntl
-import itertools
 import os
 import resource
 import select
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from smallmath_jax.verify.sandbox import linux, programs, protocol
+from smallmath_jax.verify.sandbox import linux, programs
 
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV, _SEND
 _CONTINUE = 1
@@ -34,6 +34,8 @@ class Forker(NamedTuple):
     go: int
     listener: int = -1  # asks leave for its forks; -1: they need none
     light: bool = False  # it holds the standard library alone
+    stdin: int = -1  # the one open file all its programs have there; not its own
+    peak: int = 0  # kilobytes a program of it that does nothing has in memory
     cpu: float = 0.0  # seconds its prefix took
     wall: float = 0.0
 
@@ -45,6 +47,7 @@ class End(NamedTuple):
     status: int  # as from wait4
     cpu: float  # seconds
     wall: float
+    peak: int = 0  # kilobytes it had in memory at most
 
 
 def open_forker() -> tuple[Forker, tuple[int, ...]]:
@@ -87,6 +90,8 @@ def reset(forker: Forker, sink: bool) -> None:
         os.ftruncate(number, 0)
         os.lseek(number, 0, os.SEEK_SET)
         fcntl.fcntl(number, fcntl.F_SETFL, 0)
+    fcntl.fcntl(forker.stdin, fcntl.F_SETFL, 0)
+    fcntl.flock(forker.stdin, fcntl.LOCK_UN)
 
 
 def printed(number: int, cap: int, tail: int = 0) -> tuple[bytes, bool]:
@@ -163,21 +168,24 @@ def set_limits(process: int, cpu_seconds: float) -> None:
         resource.prlimit(process, resource.RLIMIT_NPROC, (0, 0))
 
 
-def set_snapshot_limits(process: int, settings: protocol.SandboxSettings) -> None:
-    """Limits of a prefix that is to stay: its forks add to its CPU time; what it keeps in memory is kept small."""
-    seconds = int(settings.cpu_seconds) + 10
+def set_snapshot_limits(process: int, cpu_seconds: float) -> None:
+    """The CPU limit of a prefix that is to stay: its forks add to its CPU time."""
+    seconds = int(cpu_seconds) + 10
     with contextlib.suppress(ProcessLookupError):
         resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds))
-        _, hard = resource.prlimit(process, resource.RLIMIT_AS)
-        less = max(settings.memory_mb - settings.snapshot_memory_mb, 0) << 20
-        resource.prlimit(process, resource.RLIMIT_AS, (hard - less, hard))
 
 
-def free_memory_limit(process: int) -> None:
-    """A kept prefix's fork may use what any program may."""
-    with contextlib.suppress(ProcessLookupError):
-        _, hard = resource.prlimit(process, resource.RLIMIT_AS)
-        resource.prlimit(process, resource.RLIMIT_AS, (hard, hard))
+def stop(process: int) -> int:
+    """Puts a child to sleep. Returns the kilobytes it had in memory at most, or -1 where it has ended."""
+    os.kill(process, signal.SIGSTOP)
+    _, status, usage = os.wait4(process, os.WUNTRACED)
+    return usage.ru_maxrss if os.WIFSTOPPED(status) else -1
+
+
+def has_grown(kept: Forker, kilobytes: int) -> bool:
+    """Whether a kept prefix has taken more memory since it was stopped last than this, or has ended."""
+    found, status, usage = os.wait4(kept.process, os.WUNTRACED | os.WNOHANG)
+    return bool(found) and not (os.WIFSTOPPED(status) and usage.ru_maxrss - kept.peak <= kilobytes)
 
 
 def wait(
@@ -228,7 +236,7 @@ def wait(
         os.kill(process, signal.SIGKILL)
     _, status, usage = os.wait4(process, 0)
     wall = time.monotonic() - start
-    return End(reason, status, usage.ru_utime + usage.ru_stime, wall)
+    return End(reason, status, usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss)
 
 
 def _says_something(channel: socket.socket) -> bool:
@@ -265,27 +273,43 @@ def holds_files(process: int) -> bool:
     return found
 
 
+def untouched(folder: str) -> bool:
+    """Whether a folder is as `empty_folder` leaves it, times apart."""
+    return stat.S_IMODE(os.stat(folder).st_mode) == 0o700 and not os.listdir(folder)
+
+
 def empty_folder(folder: str) -> bool:
     """Deletes what lies in a folder, however deep and whatever its permissions; False where that fails.
 
-    Without recursion: what lies in a folder below is moved up first. There are no links (the filter sees to it).
+    Without recursion and without long paths: folders are entered one by one. Nothing is renamed: the first Landlock
+    forbids that. There are no links (the filter sees to it).
     """
-    moved = itertools.count()
     try:
         os.chmod(folder, 0o700)
-        while names := os.listdir(folder):
-            for name in names:
-                path = os.path.join(folder, name)
-                if not os.path.isdir(path):
-                    os.unlink(path)
-                    continue
-                os.chmod(path, 0o700)
-                for inner in os.listdir(path):
-                    os.chmod(os.path.join(path, inner), 0o700)
-                    os.rename(
-                        os.path.join(path, inner), os.path.join(folder, f"moved-{next(moved)}")
-                    )
-                os.rmdir(path)
+        if names := os.listdir(folder):
+            with contextlib.chdir(folder):
+                _delete(names)
+        os.utime(folder, ns=(0, 0))  # they would tell what has been done here, or what was set
     except OSError:
         return False
     return True
+
+
+def _delete(names: list[str]) -> None:
+    """Deletes these files and folders of the current folder."""
+    # Folders that are being emptied, the outermost first, and what is still to be deleted beside each.
+    entered: list[tuple[str, list[str]]] = []
+    while names or entered:
+        if not names:
+            name, names = entered.pop()
+            os.chdir("..")
+            os.rmdir(name)
+            continue
+        name = names.pop()
+        if not stat.S_ISDIR(os.lstat(name).st_mode):
+            os.unlink(name)
+            continue
+        os.chmod(name, 0o700)
+        entered.append((name, names))
+        os.chdir(name)
+        names = os.listdir(".")

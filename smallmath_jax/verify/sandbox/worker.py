@@ -27,6 +27,7 @@ class Outcome(NamedTuple):
     cpu: float  # seconds
     wall: float
     start: float  # monotonic
+    peak: int = 0  # kilobytes in memory
 
 
 class Worker(NamedTuple):
@@ -53,7 +54,7 @@ def main() -> None:
     settings = protocol.SandboxSettings(**wanted["settings"])
     try:
         worker, hello = _start(settings, wanted["tier"], wanted["packages"])
-        _check(worker, wanted["tier"])
+        worker = _check(worker, wanted["tier"])
     except (OSError, RuntimeError) as error:
         channel.sendall(protocol.frame(b"F", f"{wanted['tier']}: {error}".encode()))
         os._exit(1)
@@ -79,7 +80,8 @@ def _start(
         os.chdir("/")
     sys.path[:] = places
     if tier != "T1":
-        done.append(jail.become_nobody(places))
+        names = dict(zip(places, folders, strict=True))
+        done.append(jail.become_nobody(names, settings.modules, must=tier == "T3"))
         if "user" not in done and tier == "T3" and jail.enter_user_namespace():
             done.append("user")
         linux.prctl(linux.PR_SET_DUMPABLE, 1)
@@ -88,11 +90,10 @@ def _start(
             raise OSError("this kernel has no Landlock")
         done.append(f"Landlock {version}" if version else "no Landlock")
     linux.prctl(linux.PR_SET_PDEATHSIG, signal.SIGKILL)
-    warm, found = _start_forker(settings, tier, null, settings.modules)
-    light = _start_forker(settings, tier, null, ())[0] if found else None
+    warm, found = _start_forker(settings, tier, null, settings.modules, light=False)
+    light = _start_forker(settings, tier, null, (), light=True)[0] if found else None
     if tier != "T1":
         done.append("seccomp allow-list" + (", forks by leave" if warm.listener >= 0 else ""))
-    os.close(null)
     heap.scatter()
     worker = Worker(settings, warm, light, _heavy(found), OrderedDict(), OrderedDict(), scratch)
     return worker, {"tier": tier, "isolation": ", ".join((*done, "limits")), "modules": found}
@@ -117,14 +118,18 @@ def _become_first() -> None:
 
 
 def _start_forker(
-    settings: protocol.SandboxSettings, tier: str, null: int, modules: tuple[str, ...]
+    settings: protocol.SandboxSettings,
+    tier: str,
+    null: int,
+    modules: tuple[str, ...],
+    light: bool,
 ) -> tuple[watch.Forker, list[str]]:
-    """An interpreter with these modules warm (none: a light one), and those it found."""
+    """An interpreter with these modules warm, and those it found. `light`: there is another that has more."""
     forker, own = watch.open_forker()
     process = os.fork()
     if process == 0:
         try:
-            _be_forker(settings, tier, null, own, modules)
+            _be_forker(settings, tier, null, own, modules, light)
         except BaseException as error:
             os.write(own[1], repr(error).encode())
         os._exit(1)
@@ -134,7 +139,7 @@ def _start_forker(
     if not message.startswith(_READY):
         raise OSError(f"the warm interpreter did not start: {message.decode() or 'it died'}")
     forker = forker._replace(
-        process=process, listener=numbers[0] if numbers else -1, light=not modules
+        process=process, listener=numbers[0] if numbers else -1, light=light, stdin=null
     )
     return forker, json.loads(message[len(_READY) :])
 
@@ -145,6 +150,7 @@ def _be_forker(
     null: int,
     own: tuple[int, ...],
     modules: tuple[str, ...],
+    light: bool,
 ) -> None:
     os.environ.clear()
     home = "/tmp" if tier == "T3" else "/"
@@ -154,7 +160,7 @@ def _be_forker(
     watch.place_descriptors((*own, own[3], null), (*targets, 1, 0))
     control = socket.socket(fileno=programs.CONTROL)
     found = programs.warm(modules)
-    if settings.modules and not modules:
+    if light:
         programs.stay_light()
     programs.settle()
     programs.limit(settings.memory_mb << 20, settings.output_bytes)
@@ -203,6 +209,8 @@ def _serve(worker: Worker, channel: socket.socket) -> None:
                 )
             )
             left = left - 1 if _emptied(worker) else 0
+            if left == 0:
+                break  # the supervisor has the rest run elsewhere
     channel.sendall(protocol.frame(b"B", b""))
     os._exit(0)
 
@@ -262,22 +270,28 @@ def _run_sibling(worker: Worker, kept: watch.Forker, prefix: bytes, code: bytes)
         # The prefix has spoilt the process it ran in: its programs run whole from now on.
         if forked:
             raise SystemExit("a kept prefix hides the process it made")  # all of this jail goes
-        key = _key(kept.light, prefix)
-        watch.discard(worker.snapshots.pop(key))
-        worker.failed[key] = None
+        _forget(worker, kept, prefix)
         return None
     start = time.monotonic()
     watch.set_limits(process, settings.cpu_seconds)
-    watch.free_memory_limit(process)
     watch.write_job(kept, b"", code)
     os.write(kept.go, b"g")
     limits = settings.cpu_seconds - kept.cpu, settings.wall_seconds
     end = watch.wait(process, kept.listener, start, *limits)
     outcome = _outcome(worker, kept, end, start)
     watch.reset(kept, sink=True)
+    if watch.has_grown(kept, settings.snapshot_memory_mb << 10):
+        _forget(worker, kept, prefix)
     if os.WIFEXITED(end.status) and os.WEXITSTATUS(end.status) == programs.NOT_A_UNIT:
         return None
     return outcome._replace(cpu=outcome.cpu + kept.cpu, wall=outcome.wall + kept.wall)
+
+
+def _forget(worker: Worker, kept: watch.Forker, prefix: bytes) -> None:
+    """A kept prefix goes, and is not kept again."""
+    key = _key(kept.light, prefix)
+    watch.discard(worker.snapshots.pop(key))
+    worker.failed[key] = None
 
 
 def _key(light: bool, prefix: bytes) -> bytes:
@@ -320,13 +334,19 @@ def _keep(worker: Worker, under: watch.Forker, prefix: bytes) -> watch.Forker | 
     if process <= 0:
         raise SystemExit("a forker is gone")
     start = time.monotonic()
-    watch.set_snapshot_limits(process, settings)
-    forker = forker._replace(process=process, listener=under.listener, light=under.light)
+    watch.set_snapshot_limits(process, settings.cpu_seconds)
+    # All but the files they print to is as with the one it was forked from.
+    forker = under._replace(
+        **{name: getattr(forker, name) for name in ("control", "job", "sink", "out", "err", "go")},
+        process=process,
+    )
     limits = settings.cpu_seconds, settings.wall_seconds
     end = watch.wait(process, under.listener, start, *limits, told=forker.control)
     if end.reason == "told" and forker.control.recv(4) == b"kept":
-        os.kill(process, signal.SIGSTOP)
-        if not watch.holds_files(process) and not (worker.scratch and os.listdir(worker.scratch)):
+        peak = watch.stop(process)
+        small = 0 <= peak <= under.peak + (settings.snapshot_memory_mb << 10)
+        clean = not worker.scratch or watch.untouched(worker.scratch)
+        if small and clean and not watch.holds_files(process):
             watch.reset(forker, sink=True)
             return forker._replace(cpu=end.cpu, wall=end.wall)
         outcome = None
@@ -365,7 +385,7 @@ def _outcome(worker: Worker, forker: watch.Forker, end: watch.End, start: float)
         told = os.WEXITSTATUS(end.status)
         more = forker.light and told == programs.ASKS_FOR_MORE
         status = MORE if more else "out_of_memory" if told == programs.OUT_OF_MEMORY else "error"
-    return Outcome(status, out, err, end.cpu, end.wall, start)
+    return Outcome(status, out, err, end.cpu, end.wall, start, end.peak)
 
 
 def _emptied(worker: Worker) -> bool:
@@ -394,10 +414,15 @@ print(",".join(name for name, action in tried.items() if not refused(*action)), 
 """
 
 
-def _check(worker: Worker, tier: str) -> None:
-    """Tries what must not work before any program may. Raises RuntimeError naming what did."""
+def _check(worker: Worker, tier: str) -> Worker:
+    """Tries what must not work before any program may, and takes the measure of a program that does nothing. Raises
+    RuntimeError naming what did work."""
+    probed = []
     for forker in (worker.warm, *([worker.light] if worker.light else [])):
         outcome = _run_whole(worker, forker, b"", _PROBE if tier != "T1" else b"")
         if outcome.status != "ok" or outcome.out:
             told = outcome.out.decode() or outcome.err.decode()
             raise RuntimeError(f"the isolation does not hold: {outcome.status}, {told}")
+        probed.append(forker._replace(peak=outcome.peak))
+    _empty(worker)
+    return worker._replace(warm=probed[0], light=probed[1] if worker.light else None)
