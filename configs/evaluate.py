@@ -26,7 +26,8 @@ STEPS = "-steps"
 def get_config(mode=None):
     mode = mode or ""
     steps = mode.endswith(STEPS)
-    mode = common.check_mode(mode.removesuffix(STEPS))
+    names = (*common.MODELS, *(name + STEPS for name in common.MODELS))
+    mode = common.check_mode(mode, names).removesuffix(STEPS)
     tiny = mode == "tiny"
     config = common.base("evaluate", mode)
     config.prompt.grammar = "auto"  # that of the run in init_from, else think_answer

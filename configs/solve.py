@@ -7,7 +7,7 @@
 By tree search, with a policy that writes code steps; guided by a preference model where --config.judge names one:
 
     python run.py --config=configs/solve.py:tiny --config.method=mcts --config.init_from=workdirs/evolve-tiny \
-        --config.judge=workdirs/evolve-tiny --config.problem="What is 3 * 7?"
+        --config.judge=workdirs/evolve-tiny --config.problem="Solve 5x=10."
 
 The tree is shown by a page in WORKDIR/report/trees. Of a self-evolution the last finished round is taken.
 """

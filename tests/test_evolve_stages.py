@@ -188,6 +188,13 @@ def test_old_problems_take_no_more_than_their_share(tmp_path, share, old):
     assert len(found) == len(set(found)) == 8 and len(set(found) & set(asked)) == old
 
 
+def test_a_folder_that_is_not_there_is_told_before_anything_is_trained():
+    config = stage_case.config_of()
+    config.bootstrap.model = "/nowhere/at-all"
+    with pytest.raises(FileNotFoundError, match="/nowhere/at-all: no such folder"):
+        evolve.check(config)
+
+
 def test_only_embedded_problems_are_shared_with_the_bootstrap(tmp_path):
     mine = [case.problem(f"mine-{number}") for number in range(40)]
     assert not any(map(evolve.is_bootstraps, mine))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from smallmath_jax.records import PreferencePair, Problem, Prompt
+from smallmath_jax.records import Node, PreferencePair, Problem, Prompt, Tree, write_part
 from smallmath_jax.search.select import ValueExample
 from smallmath_jax.search.vote import scale_of
 from smallmath_jax.tasks import judged, ppm, training
@@ -301,3 +301,52 @@ def test_killed_and_continued_it_ends_bit_identically(policy, tmp_path):
     cut = trained(model, mesh, config, tmp_path / "cut")
     for one, other in zip(jax.tree.leaves(whole.model), jax.tree.leaves(cut.model), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+# ---- the command
+
+
+def searched_tree(number, verdicts=("correct", "wrong")):
+    """A problem with two answers below its root, drawn as character ids."""
+    nodes = [Node("0", "", [], 0, 0.0, "root", 2, 0.0)]
+    for place, verdict in enumerate(verdicts, 1):
+        ids = [20 + place, 30 + number % 9]
+        value = 1.0 if verdict == "correct" else -1.0
+        nodes.append(
+            Node(f"0.{place}", f"{place}", ids, 2, -1.0, "answer", 1, value, answer=f"{place}",
+                 verdict=verdict)
+        )  # fmt: skip
+    return Tree(f"t{number}", f"What is {number}?", "1", nodes)
+
+
+@pytest.mark.parametrize("held_out_share", [0.3, 0.0])
+def test_the_command_ends_with_a_report(tmp_path, capsys, held_out_share):
+    write_part(tmp_path / "s" / "trees", "00000-host0.jsonl", map(searched_tree, range(30)))
+    config = ppm_config.get_config("tiny")
+    config.trees = (str(tmp_path / "s" / "trees"),)
+    config.ppm.update({"steps": 2, "pairs": 16, "held_out": held_out_share})
+    ppm.run(config, str(tmp_path / "run"))
+    assert "held out nan" not in capsys.readouterr().err
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    record = json.loads((tmp_path / "run" / "report" / "report.json").read_text())["reward_model"]
+    assert "pairs held out" in page and "nan" not in page.lower().replace("finance", "")
+    assert (record["held_out_accuracy"] is None) == (record["held_out_pairs"] == 0)
+    assert (record["held_out_pairs"] > 3) == (held_out_share > 0)
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (["s"], r"s: no tree there; there are some in .*s/trees"),
+        (["e"], r"e: no tree there; there are some in .*e/round_1/search/trees"),
+        (["s/trees", "nowhere"], "nowhere: no such folder"),
+        (["v/trees"], "learn from those of configs/search.py"),
+        ([], "config.trees is empty"),
+    ],
+)
+def test_folders_without_trees_to_learn_from_are_told(tmp_path, folders, said):
+    write_part(tmp_path / "s" / "trees", "0.jsonl", [searched_tree(1)])
+    write_part(tmp_path / "e" / "round_1" / "search" / "trees", "0.jsonl", [searched_tree(1)])
+    write_part(tmp_path / "v" / "trees", "0.jsonl", [searched_tree(1, ("", ""))])
+    with pytest.raises(ValueError, match=said):
+        ppm.graded_trees([str(tmp_path / name) for name in folders])

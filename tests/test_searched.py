@@ -237,6 +237,17 @@ def test_a_search_that_could_not_work_is_refused_at_the_start(changes, said):
         check(config)
 
 
+@pytest.mark.parametrize(
+    ("judge", "guidance", "said"),
+    [("RUN", "terminal", "would judge nothing"), ("", "ppm", "needs config.judge, the workdir")],
+)
+def test_a_judge_and_what_it_is_for_go_together(judge, guidance, said):
+    config = search_config.get_config("tiny")
+    config.judge, config.search.guidance = judge, guidance
+    with pytest.raises(ValueError, match=said):
+        check(config)
+
+
 def test_a_search_without_gold_answers_is_no_search_to_learn_from():
     config = search_config.get_config("tiny")
     check(config)

@@ -129,6 +129,8 @@ def test_requests_keep_to_a_rate():
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="must begin with http"):
         ServerSettings("localhost:8000", "m")
+    with pytest.raises(ValueError, match="name of a model"):
+        ServerSettings("http://x/v1", "")
     with pytest.raises(ValueError, match="known are completions, chat"):
         ServerSettings("http://x/v1", "m", endpoint="edit")
 

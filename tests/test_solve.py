@@ -129,6 +129,18 @@ def test_a_judge_trained_with_adapters_is_read_with_them_merged(rounds, tmp_path
     assert judge.engine.weights_digest() == digests[0] != digests[1]
 
 
+def test_a_policy_is_no_judge_and_a_judge_no_policy(rounds):
+    config = config_of(rounds)
+    config.prompt.grammar = "code_steps"
+    mesh = make_mesh(config)
+    policy = load_policy(config, mesh)
+    with pytest.raises(ValueError, match="round_10/sft: a policy, and no preference model"):
+        load_judge(str(rounds / "round_10" / "sft"), policy, config, mesh)
+    config.init_from = str(rounds / "round_10" / "ppm")
+    with pytest.raises(ValueError, match="round_10/ppm: a preference model, and no policy"):
+        load_policy(config, mesh)
+
+
 def test_the_choice_is_that_of_the_measured_vote(rounds):
     from test_evolve import leaf_tree
 

@@ -83,6 +83,17 @@ def test_a_part_that_its_index_does_not_describe_is_refused(tmp_path):
         find_trees([tmp_path / "z"])
 
 
+def test_a_damaged_index_is_named(tmp_path):
+    with Parts(tmp_path) as parts:
+        parts.add(*TREES)
+    index = tmp_path / "index" / "00000-host0.jsonl"
+    index.write_bytes(index.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="index/00000-host0.jsonl: damaged .* delete it"):
+        find_trees([tmp_path])
+    index.unlink()
+    assert len(find_trees([tmp_path])) == len(TREES)
+
+
 def test_a_failed_search_stands_in_for_nothing(tmp_path):
     """Its part may have the later name: hosts number theirs apart, and a run goes on with other hosts."""
     well, badly = tree("p", stopped="rollouts", rollouts=2), tree("p", stopped=FAILED)

@@ -81,6 +81,8 @@ def write_report(
     config = (
         json.loads((root / "config.json").read_text()) if (root / "config.json").exists() else {}
     )
+    if judged := find_judge(root):
+        record["reward_model"] = judged
     if told := config.get("training_data"):
         record["training_data"] = told
     write_text(root / "report" / "report.json", json.dumps(json.loads(to_json(record)), indent=1))
@@ -124,10 +126,9 @@ def find_evaluations(root: epath.Path) -> dict[str, dict[str, Any]]:
     """name -> {"result", "folder"}; a run's eval/NAME folders, or an evaluation's own workdir."""
     found = {}
     if (root / "result.json").exists():
-        found["evaluation"] = {
-            "result": json.loads((root / "result.json").read_text()),
-            "folder": root,
-        }
+        result = json.loads((root / "result.json").read_text())
+        if "accuracy" in result:  # a reward model's training tells of its pairs instead
+            found["evaluation"] = {"result": result, "folder": root}
     folder = root / "eval"
     if folder.exists():
         names = [child.name for child in folder.iterdir() if (child / "result.json").exists()]
@@ -135,6 +136,13 @@ def find_evaluations(root: epath.Path) -> dict[str, dict[str, Any]]:
             result = json.loads((folder / name / "result.json").read_text())
             found[name] = {"result": result, "folder": folder / name}
     return found
+
+
+def find_judge(root: epath.Path) -> dict[str, Any] | None:
+    """What the training of a reward model in this workdir says of its held-out pairs; None for other runs."""
+    path = root / "result.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if "held_out_pairs" in found else None
 
 
 def report_record(
@@ -255,6 +263,12 @@ def hero(record: dict[str, Any]) -> str:
         cells.append(
             _cell(f"{100 * low:.0f}–{100 * high:.0f}%", f"95 % interval, {record['n']} problems")
         )
+    if judged := record.get("reward_model"):
+        share, count = judged["held_out_accuracy"], judged["held_out_pairs"]
+        told = "held-out pairs in the right order" if count else "no pair was held out"
+        cells.append(_cell("–" if share is None else percent(share), told, lead=True))
+        cells.append(_cell(f"{count:,}", "pairs held out"))
+        cells.append(_cell(f"{judged['trained_on']:,}", "pairs or examples learnt from"))
     if not cells:
         return "<p class=note>No evaluation yet: this run has not finished.</p>"
     return f"<div class=hero>{''.join(cells)}</div>"

@@ -179,7 +179,7 @@ def _stats(tree: Tree, chosen: Node | None) -> str:
         "stopped": STOPPED.get(tree.stopped, tree.stopped or "not recorded"),
         "tokens": f"{tree.tokens:,}",
         "nodes": f"{len(tree.nodes):,}, {_depth(tree)} deep",
-        "answers found": f"{len(answers)}, {right} right",
+        "answers found": f"{len(answers)}" + (f", {right} right" if tree.gold else ""),
         "failed steps": str(errors),
     }
     return "".join(f"<div><dt>{n}</dt><dd>{escape(v)}</dd></div>" for n, v in facts.items())

@@ -195,11 +195,8 @@ def _evaluation(config: Any) -> list[str]:
 def _search(config: Any) -> list[str]:
     """Test-time search needs steps to search over and something to choose by; a search for training needs answers."""
     method, gold = get(config, "eval.method"), get(config, "search.use_gold")
-    if get(config, "task") == "search" and not gold:
-        return [
-            "config.search.use_gold is False: what this task searches is to be learnt from, and that takes graded "
-            "answers; to measure, run configs/evaluate.py with eval.method=mcts"
-        ]
+    if get(config, "task") == "search":
+        return _search_to_learn(config, gold)
     if method in (None, "sample"):
         return []
     lines = []
@@ -226,6 +223,27 @@ def _search(config: Any) -> list[str]:
         lines.append(
             "config.search.choose='value' needs config.judge: without a reward model all answers have the same value; "
             "set search.choose=votes"
+        )
+    return lines
+
+
+def _search_to_learn(config: Any, gold: bool) -> list[str]:
+    lines = []
+    if not gold:
+        lines.append(
+            "config.search.use_gold is False: what this task searches is to be learnt from, and that takes graded "
+            "answers; to measure, run configs/evaluate.py with eval.method=mcts"
+        )
+    guided = config.search.guidance == "ppm"
+    if guided and not config.judge:
+        lines.append(
+            "config.search.guidance='ppm' needs config.judge, the workdir of a run of configs/ppm.py or "
+            "configs/evolve.py"
+        )
+    if config.judge and not guided:
+        lines.append(
+            f"config.judge={config.judge!r} would judge nothing: config.search.guidance is "
+            f"{config.search.guidance!r}; set search.guidance=ppm, or leave the judge out"
         )
     return lines
 

@@ -21,6 +21,7 @@ from smallmath_jax.data.few_shot import EXAMPLES
 from smallmath_jax.data.tiny import is_embedded, tiny_problems
 from smallmath_jax.data.tiny_noise import noisy_solution
 from smallmath_jax.data.tokens import completion_ids
+from smallmath_jax.models import folders
 from smallmath_jax.parallel import hosts
 from smallmath_jax.records import Problem, draw_key, read_parts, to_json, write_text
 from smallmath_jax.report import evolution, pages
@@ -113,6 +114,8 @@ def check(config: Any) -> None:
             raise ValueError(f"config.evolve, round {number}: {error}") from error
     if config.bootstrap.base_url:
         settings_of(config.bootstrap)
+    elif config.bootstrap.model not in ("", "tiny"):
+        folders.locate(config.bootstrap.model)
     evolve_rivals.check(config)
     if not 0 <= config.bootstrap.shots <= len(EXAMPLES):
         raise ValueError(f"bootstrap.shots={config.bootstrap.shots}: from 0 to {len(EXAMPLES)}")
@@ -386,6 +389,11 @@ def coverage_so_far(bench: Bench, number: int) -> dict[str, Any]:
         levels |= {
             entry.problem_id: entry.group for entry in evolve_trees.trees_of(bench, "search", k)
         }
+    if gone := solved - set(levels):
+        raise ValueError(
+            f"{bench.root}: the trees of {len(gone)} solved problems are not there any more; delete the "
+            "search/done.json of the round_… that lost them, then the same command searches again what is missing"
+        )
     if not all(level.isdigit() for level in levels.values()):  # beside names of sets
         levels = {k: f"level {one}" if one.isdigit() else one for k, one in levels.items()}
     asked, right = Counter(levels.values()), Counter(levels[name] for name in solved)

@@ -141,7 +141,14 @@ def restore_run(workdir: str, model: QwenVL, mesh: jax.sharding.Mesh, step: int 
     settings = ml_collections.ConfigDict(run_config(workdir))
     if settings.lora.rank:
         model = add_lora(model, settings, mesh)
-    return lora.merge_lora(restore_model(newest_checkpoints(workdir), model, mesh, step))
+    try:
+        return lora.merge_lora(restore_model(newest_checkpoints(workdir), model, mesh, step))
+    except ValueError as error:
+        if "value_head" not in str(error):
+            raise
+        raise ValueError(
+            f"init_from={workdir}: a preference model, and no policy; it goes into --config.judge"
+        ) from error
 
 
 def restore_model(

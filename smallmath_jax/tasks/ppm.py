@@ -47,11 +47,7 @@ def run(config: Any, workdir: str) -> None:
     """Trains `config.ppm.loss` on the trees of `config.trees`; pairs/ and the checkpoints go into WORKDIR."""
     with runs.open_run(config, workdir) as this_run, StopSignal() as stop:
         mesh = make_mesh(config)
-        trees = read_trees(config.trees)
-        if not trees:
-            raise ValueError(
-                f"trees={config.trees}: no tree there; search first (configs/search.py)"
-            )
+        trees = graded_trees(config.trees)
         again = sum(len(find_trees([one])) for one in config.trees) - len(trees)
         if again:
             runs.say(f"trees: {again} stand behind later ones of the same problem, seed and round")
@@ -65,6 +61,29 @@ def run(config: Any, workdir: str) -> None:
         train_judge(policy, problems, pairs, examples, config, this_run.workdir, mesh, stop)
         pages.write_report(this_run.workdir, wall_s=this_run.wall_s())
         runs.say(f"done in {this_run.wall_s():.0f} s; report: {workdir}/report/index.html")
+
+
+def graded_trees(folders: SequenceOf[str]) -> list[Tree]:
+    """The trees of `config.trees`. Raises ValueError naming a folder without any, or trees that were not graded."""
+    if not folders:
+        raise ValueError(
+            "config.trees is empty; give folders of trees: RUN/trees of configs/search.py"
+        )
+    for name in folders:
+        if find_trees([name]):
+            continue
+        root = epath.Path(name)
+        inside = [*root.glob("trees"), *sorted(root.glob("round_*/search/trees"))]
+        hint = f"; there are some in {', '.join(map(str, inside))}" if inside else ""
+        what = "no tree there" if root.exists() else "no such folder"
+        raise ValueError(f"trees: {name}: {what}{hint or '; search first (configs/search.py)'}")
+    trees = read_trees(folders)
+    if not any(node.verdict for tree in trees for node in tree.nodes):
+        raise ValueError(
+            f"trees={folders}: they hold no answer that was graded when it was found (an evaluation's trees never "
+            "do); learn from those of configs/search.py or configs/evolve.py"
+        )
+    return trees
 
 
 def problem_of(tree: Tree) -> Problem:
@@ -165,7 +184,7 @@ def train_judge(
             if "accuracy" in record:
                 record["accuracy/pairs"] = record.pop("accuracy")
             last = step + 1 == total
-            if last or settings.eval_every and (step + 1) % settings.eval_every == 0:
+            if test and (last or settings.eval_every and (step + 1) % settings.eval_every == 0):
                 record["eval/accuracy"] = measure(state.model)
             if last or (step + 1) % config.log.every == 0:
                 shown = _shown(record)
@@ -203,7 +222,7 @@ def _write_result(
 ) -> None:
     if hosts.host_index() == 0:
         result = {
-            "held_out_accuracy": record["eval/accuracy"],
+            "held_out_accuracy": record.get("eval/accuracy"),  # None: no pair was held out
             "held_out_pairs": _terms(test),
             "trained_on": _terms(items),
             "tokens": sum(plan.tokens),
@@ -213,9 +232,9 @@ def _write_result(
 
 
 def _measure(test: SequenceOf[Judged], config: Any, trainer: training.Trainer, mesh: Any) -> Any:
-    """model -> share of held-out pairs whose chosen side scores higher; NaN without any."""
+    """model -> share of held-out pairs whose chosen side scores higher; None without any."""
     if not test:
-        return lambda model: float("nan")
+        return None
     once = config.ppm.copy_and_resolve_references()
     once.update({"epochs": 1, "steps": 0, "tokens": 0, "pairs": _terms(test)})
     plan = plan_steps(test, once, config.seed, trainer.layout.row_patches)

@@ -105,7 +105,15 @@ def load_judge(workdir: str, policy: Policy, config: Any, mesh: jax.sharding.Mes
     settings = ConfigDict(run_config(workdir))
     model = add_lora(policy.model, settings, mesh) if settings.lora.rank else policy.model
     like = add_value_head(model, jax.random.key(0))
-    model = merge_lora(restore_model(judge_checkpoints(workdir), like, mesh))
+    try:
+        model = merge_lora(restore_model(judge_checkpoints(workdir), like, mesh))
+    except ValueError as error:
+        if "value_head" not in str(error):
+            raise
+        raise ValueError(
+            f"judge={workdir}: a policy, and no preference model; give the workdir of configs/ppm.py or of "
+            "configs/evolve.py itself"
+        ) from error
     scale = scale_of(settings.ppm.loss, settings.ppm.tanh_in_loss)
     return make_judge(dataclasses.replace(policy, model=model), config, scale)
 
@@ -168,7 +176,7 @@ def grow_trees(
                 failures.extend([tree.extra["failure"]] if tree.stopped == FAILED else ())
                 shown = meter.shown()
                 if settings.use_gold:
-                    shown = {"solved": f"{counts['right'] / counts['done']:.1%}"} | shown
+                    shown = {"answered right": f"{counts['right'] / counts['done']:.1%}"} | shown
                 bar.advance(1, **shown)
 
             def leave() -> bool:

@@ -27,6 +27,7 @@ from smallmath_jax.data.prompts import GRAMMARS
 from smallmath_jax.data.tokens import Tokens, decode, encode_after
 from smallmath_jax.records import Problem, Prompt, Sampling
 from smallmath_jax.rollout.engine import Limits, Rollout
+from smallmath_jax.tasks import runs
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 OF_THE_REQUEST = (
@@ -67,6 +68,10 @@ class ServerSettings:
             raise ValueError(
                 f"bootstrap.endpoint={self.endpoint!r}: known are {', '.join(ENDPOINTS)}"
             )
+        if not self.model:
+            raise ValueError(
+                f"base_url={self.base_url!r} needs the name of a model there: bootstrap.model (synthesis: server.model)"
+            )
         if urllib.parse.urlsplit(self.base_url).scheme not in ("http", "https"):
             raise ValueError(
                 f"bootstrap.base_url={self.base_url!r} must begin with http:// or https://"
@@ -82,7 +87,7 @@ class Client:
         self._closed = threading.Event()
         self.settings, self._sleep = settings, sleep or self._closed.wait
         self._lock, self._next = threading.Lock(), 0.0
-        self._answered, self._refused = False, set()
+        self._answered, self._refused, self._told = False, set(), False
         self.retries = 0
 
     def complete(
@@ -151,9 +156,19 @@ class Client:
             except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
                 said, named, kind = f"{type(error).__name__}: {error}", None, ServerGone
             self.retries += 1
+            self._tell(
+                f"{settings.base_url}{path}: {said}; trying again, {settings.attempts} times in all"
+            )
             if attempt + 1 < settings.attempts:
                 self._sleep(self._pause(attempt, named))
         raise kind(f"{settings.base_url}{path}: {settings.attempts} tries, the last: {said}")
+
+    def _tell(self, said: str) -> None:
+        """Why nothing seems to happen: once, however many requests wait."""
+        with self._lock:
+            told, self._told = self._told, True
+        if not told:
+            runs.say(said)
 
     def _authorization(self) -> dict[str, str]:
         key = os.environ.get(self.settings.api_key_variable)

@@ -14,6 +14,7 @@ from smallmath_jax.report.trees import page_name, write_tree_page
 from smallmath_jax.rollout.engine import Limits
 from smallmath_jax.search import vote
 from smallmath_jax.search.settings import SearchSettings
+from smallmath_jax.search.steps import OK
 from smallmath_jax.search.tree import path_to
 from smallmath_jax.tasks import chains, runs
 from smallmath_jax.tasks.driver import Driver, Host, open_host, same_answer
@@ -202,7 +203,8 @@ def told(tree: Tree) -> str:
     chosen = vote.chosen_ballot(tree)
     done = f"{tree.rollouts} rollouts, {tree.tokens:,} tokens"
     if chosen is None:
-        return f"answer: none found ({done})"
+        failed = sum(node.status not in ("", OK) for node in tree.nodes)
+        return f"answer: none found ({done}; {failed} of {len(tree.nodes) - 1} steps failed)"
     ballots = vote.leaf_ballots(tree)
     agreeing = sum(same_answer(chosen.answer, one.answer) for one in ballots)
     text = "".join(node.text for node in path_to(tree, chosen.tag)).strip()

@@ -47,6 +47,7 @@ def run(config: Any, workdir: str) -> None:
         raise ValueError(
             "say which server writes the problems: --config.server.base_url=http://…/v1"
         )
+    settings = settings_of(config.server)
     with (
         open_host(config.sandbox.to_dict()) as host,
         runs.open_run(config, workdir) as this_run,
@@ -55,7 +56,7 @@ def run(config: Any, workdir: str) -> None:
         seeds = training_problems(config.problems, config.limit, config, this_run.workdir)
         seeds = [seed for seed in seeds if not seed.images]
         policy = load_policy(config, make_mesh(config))
-        client = Client(settings_of(config.server))
+        client = Client(settings)
         with ServerEngine(client, policy.tokens, (), config.engine.cache_length) as engine:
             driver = Driver(
                 policy,

@@ -146,21 +146,25 @@ def group_of(row: Mapping[str, Any]) -> str:
 def _part_index(part: epath.Path, indexed: bool) -> list[Entry]:
     if indexed:
         path = part.parent / "index" / part.name
-        rows = map(json.loads, path.read_bytes().splitlines())
-        return [Entry(**(row | {"part": part})) for row in rows]
+        try:
+            rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+            return [Entry(**(row | {"part": part})) for row in rows]
+        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it, it is made again") from error
     lines = part.read_bytes().split(b"\n")
     lines = lines if lines[-1] else lines[:-1]
-    rows = (_parsed(line, part, number) for number, line in enumerate(lines, 1))
+    rows = (_parsed(line, part, f"line {number}") for number, line in enumerate(lines, 1))
     found = _index_rows(rows, map(len, lines))
     return [dataclasses.replace(one, part=part) for one in found]
 
 
-def _parsed(line: bytes, part: epath.Path, number: int | str) -> dict[str, Any]:
+def _parsed(line: bytes, part: epath.Path, where: str) -> dict[str, Any]:
     try:
         return json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{part}, line {number}: not a JSON object ({error}); the part is damaged, delete or restore it"
+            f"{part}, {where}: not a JSON object ({error}); the part is damaged: restore it, or delete it and the "
+            "done.json of its stage where there is one, then the same command searches again what is missing"
         ) from error
 
 
@@ -199,7 +203,7 @@ def _fetch(entry: Entry) -> bytes:
 
 
 def _tree(entry: Entry, line: bytes) -> Tree:
-    tree = tree_from_json(_parsed(line, entry.part, f"(at byte {entry.offset})"))
+    tree = tree_from_json(_parsed(line, entry.part, f"at byte {entry.offset}"))
     if (tree.problem_id, tree.seed) != entry.key:
         raise ValueError(
             f"{entry.part}: not the part that its index describes; delete index/{entry.part.name}"
