@@ -17,7 +17,8 @@ from smallmath_jax.search.tree import tree_from_json
 from smallmath_jax.search.vote import SCALES
 from smallmath_jax.tasks import identity, tree_parts
 from smallmath_jax.tasks import search as task
-from smallmath_jax.tasks.driver import Driver, Judge, Meter, same_answer
+from smallmath_jax.tasks.driver import Driver, Judge, Meter, open_host, same_answer
+from smallmath_jax.verify.sandbox import SandboxSettings
 
 SETTINGS = SearchSettings(rollouts=4, candidates=3, max_depth=6)
 NAMES = [f"p{number}" for number in range(9)]
@@ -257,3 +258,15 @@ def test_trees_of_other_weights_are_not_added_to(tmp_path):
     for other in ({"weights": "5678"}, {"judge": "5678"}):
         with pytest.raises(ValueError, match="drawn by other weights .*a copy of it.* --workdir"):
             identity.keep_or_refuse(tmp_path, named | other)
+
+
+def test_what_the_sandbox_lacks_is_told(capsys):
+    with open_host({"workers": 1, "modules": ("mpmath", "sympyy"), "tier": "T2"}):
+        pass
+    assert "sandbox: sympyy cannot be imported" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("field", "value"), [("workers", -1), ("cpu_seconds", 0.0)])
+def test_settings_of_the_sandbox_are_checked(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}; it must"):
+        SandboxSettings(**{field: value})

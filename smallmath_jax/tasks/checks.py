@@ -12,6 +12,7 @@ from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.train.advantages import DENOMINATORS, SCALES
 from smallmath_jax.train.optim import OPTIMIZERS, SCHEDULES
 from smallmath_jax.verify import rewards
+from smallmath_jax.verify.sandbox.protocol import SandboxSettings
 
 STAGES = ("sft", "grpo", "ppm", "bootstrap")
 # Sections that hold the fields of a record, which says itself what they may be
@@ -19,6 +20,7 @@ RECORDS: Mapping[str, Callable[..., Any]] = {
     "search": SearchSettings,
     "eval.search": SearchSettings,
     "pairs": PairSettings,
+    "sandbox": SandboxSettings,
 }
 OPTIMIZER_FIELDS = {"name": tuple(OPTIMIZERS), "schedule": SCHEDULES}
 CHOICES: Mapping[str, Sequence[str]] = {

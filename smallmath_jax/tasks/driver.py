@@ -22,6 +22,7 @@ from smallmath_jax.rollout.engine import Engine, Limits, Rollout
 from smallmath_jax.search.settings import SearchSettings
 from smallmath_jax.search.steps import Candidate
 from smallmath_jax.search.vote import Scale
+from smallmath_jax.tasks import runs
 from smallmath_jax.tasks.policy import Policy
 from smallmath_jax.verify.answers import compare
 from smallmath_jax.verify.grader import Grader
@@ -63,6 +64,13 @@ class Host:
 def open_host(settings: Any) -> Iterator[Host]:
     """A sandbox by `settings` (fields of SandboxSettings) and a grader, for as long as the context is open."""
     with start_sandbox(SandboxSettings(**settings)) as sandbox, Grader() as grader:
+        missing = [name for name in sandbox.settings.modules if name not in sandbox.modules]
+        if missing:
+            runs.say(f"sandbox: {', '.join(missing)} cannot be imported (sandbox.modules)")
+        if sandbox.weaker:
+            runs.say(
+                f"sandbox: {sandbox.tier}, {sandbox.isolation}; no more because {'; '.join(sandbox.weaker)}"
+            )
         grade = lambda problem, answer: grader.grade_answer(problem.accepted, answer).verdict
         yield Host(sandbox.run, grade, sandbox.tier)
 

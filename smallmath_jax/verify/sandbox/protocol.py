@@ -46,6 +46,21 @@ class SandboxSettings:
     tier: str = ""  # "T3", "T2", "T1"; "": the strongest this machine allows
     allow_unsafe: bool = False  # accept T1: limits without isolation
 
+    def __post_init__(self) -> None:
+        for name in (
+            "cpu_seconds",
+            "wall_seconds",
+            "memory_mb",
+            "output_bytes",
+            "pending",
+            "recycle_runs",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("workers", "snapshots", "snapshot_memory_mb", "memo_entries", "memo_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be below 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
