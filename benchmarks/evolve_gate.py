@@ -60,7 +60,7 @@ def pooled(reports: list[dict]) -> tuple[str, bool]:
 
 
 def kinds(workdir: pathlib.Path, last: int) -> list[str]:
-    """Rows of the second table: text and picture problems of the last round's evaluation, over 8 samples."""
+    """Rows of the third table: text and picture problems of the last round's evaluation, over 8 samples."""
     names = (ballots.MAJORITY, ballots.LIKELY, ballots.BEST, ballots.COVERAGE)
     measures = ballots.measures(names, scale_of("ppm"))
     rows = list(read_parts(workdir / f"round_{last}" / "evaluate" / "completions"))

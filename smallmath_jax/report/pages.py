@@ -78,9 +78,8 @@ def write_report(
     training = {stage: rows for stage, rows in training.items() if rows}
     rounds = evolution.read(root)
     record = report_record(evaluations, training, wall_s, rounds)
-    config = (
-        json.loads((root / "config.json").read_text()) if (root / "config.json").exists() else {}
-    )
+    path = root / "config.json"
+    config = json.loads(path.read_text()) if path.exists() else {}
     if judged := find_judge(root):
         record["reward_model"] = judged
     if told := config.get("training_data"):
@@ -264,10 +263,9 @@ def hero(record: dict[str, Any]) -> str:
             _cell(f"{100 * low:.0f}–{100 * high:.0f}%", f"95 % interval, {record['n']} problems")
         )
     if judged := record.get("reward_model"):
-        share, count = judged["held_out_accuracy"], judged["held_out_pairs"]
-        told = "held-out pairs in the right order" if count else "no pair was held out"
-        cells.append(_cell("–" if share is None else percent(share), told, lead=True))
-        cells.append(_cell(f"{count:,}", "pairs held out"))
+        if (share := judged["held_out_accuracy"]) is not None:
+            cells.append(_cell(percent(share), "held-out pairs in the right order", lead=True))
+        cells.append(_cell(f"{judged['held_out_pairs']:,}", "pairs held out"))
         cells.append(_cell(f"{judged['trained_on']:,}", "pairs or examples learnt from"))
     if not cells:
         return "<p class=note>No evaluation yet: this run has not finished.</p>"

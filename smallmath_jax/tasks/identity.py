@@ -91,8 +91,8 @@ def keep_or_refuse(folder: epath.Path, named: dict[str, Any]) -> None:
     if before is not None and _what(before) != _what(named):
         raise ValueError(
             f"{folder}: its trees were drawn by other weights (policy from {before['source']}); what config.init_from, "
-            "config.model or config.judge names has changed since. Give a new --workdir; the trees of both can be "
-            "learnt from together (config.trees)"
+            "config.model or config.judge names has changed since. Give a new --workdir; with another --config.seed "
+            "the trees of both can be learnt from together (config.trees)"
         )
     if hosts.host_index() == 0:
         write_text(path, json.dumps(named, indent=1))

@@ -23,9 +23,8 @@ from smallmath_jax.tasks import training
 from smallmath_jax.tasks.policy import Policy, prompts_for, with_pixels
 from smallmath_jax.train.advantages import pair_weights
 
-ITEM_SHARE = (
-    0.5  # of a microbatch's tokens and patches: what one item may hold, so that items pack well
-)
+# Of a microbatch's tokens and patches, what one item may hold, so that items pack well
+ITEM_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
